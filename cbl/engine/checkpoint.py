@@ -1,0 +1,65 @@
+"""What a killed run goes on from, and the final weights; written beside and renamed, read without running code."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cbl.errors import UserError
+
+
+def _write(path: Path, content: Any) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as handle:
+            torch.save(content, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _brief(error: Exception) -> str:
+    return str(error).partition("\n")[0][:100].strip() or type(error).__name__  # torch's goes on for a page
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`checkpoint.pt`: weights, momentum and the plain numbers in `state`."""
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+    _write(folder / "checkpoint.pt", content)
+
+
+def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Restores model and optimizer in place and returns `state`; None when there is no checkpoint.
+
+    In place, because a captured step holds on to the tensors that were there when it was captured.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({_brief(error)}): delete {folder} to start the run afresh.") from None
+    model.load_state_dict(content["model"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, saved in content["optimizer"]["state"].items():
+        optimizer.state[parameters[number]]["momentum_buffer"].copy_(saved["momentum_buffer"])
+    return content["state"]
+
+
+def save_weights(folder: Path, model: torch.nn.Module) -> None:
+    """`model.pt`: the state dict alone, on the CPU."""
+    _write(folder / "model.pt", {name: value.cpu() for name, value in model.state_dict().items()})
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a run's `model.pt` or `checkpoint.pt`; raises `UserError` when it cannot be read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as weights ({_brief(error)}): evaluate another run.") from None
+    return content.get("model", content)

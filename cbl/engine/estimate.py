@@ -1,0 +1,146 @@
+"""Short measurements before training, on made-up images of the right shape: how long runs take, how many at once."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from cbl import config, data, longtail
+from cbl.engine import processes, recipe, synthetic
+from cbl.engine.job import Job, choose_device, prepare
+from cbl.errors import UserError
+
+# data set -> classes, images of the largest class, test images, (H, W, C)
+SIZES = {
+    "cifar10_lt": (10, 5000, 10000, (32, 32, 3)),
+    "cifar20_lt": (20, 2500, 10000, (32, 32, 3)),
+    "cifar100_lt": (100, 500, 10000, (32, 32, 3)),
+    "digits_lt": (10, 124, 500, (8, 8, 1)),
+}
+
+
+def made_up(classes: int, counts: np.ndarray, n_test: int, shape: tuple[int, int, int]) -> data.Data:
+    """Random images in the form of `data.load`; few distinct ones, but as many labels and indices as asked for."""
+    n = int(counts.sum())
+    return data.Data(
+        name="made up",
+        train_images=torch.randint(256, (n, *shape), dtype=torch.uint8),
+        train_labels=torch.from_numpy(np.repeat(np.arange(classes), counts)),
+        subset=np.arange(n),
+        test_images=torch.randint(256, (n_test, *shape), dtype=torch.uint8),
+        test_labels=torch.arange(n_test) % classes,
+        class_names=tuple(map(str, range(classes))),
+        counts=counts,
+        subset_hash="",
+        record_order=np.arange(n),
+    )
+
+
+def lanes(runs: Sequence[config.Run], say: Callable[[str], None] = print) -> int:
+    """How many of `runs` to train side by side: 1 on the CPU, `engine.lanes` where given, else measured.
+
+    Measured by doubling: as long as all lanes together gain more than 5 % and less than 80 % of the GPU's memory is
+    taken, one graph each on a stream of its own.
+    """
+    if len(runs) < 2:
+        return 1
+    try:
+        device = choose_device(runs[0].engine)
+    except UserError:
+        return 1  # each run will say so itself
+    if device.type == "cpu" or runs[0].engine.lanes is not None:
+        return 1 if device.type == "cpu" else runs[0].engine.lanes
+    kept: list[tuple[Job, torch.cuda.Stream]] = []
+    rate, width = 0.0, 1
+    while width <= len(runs):
+        while len(kept) < width:
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                kept.append((_prepared(runs[0], device, runs[0].engine.eval_batch), stream))
+        together = images_per_second(kept)
+        free, total = torch.cuda.mem_get_info(device)
+        if together < 1.05 * rate:
+            width //= 2
+            break
+        rate = max(rate, together)
+        if width * 2 > len(runs) or total - free > 0.4 * total:  # the next doubling doubles what is taken
+            break
+        width *= 2
+    del kept
+    torch.cuda.empty_cache()
+    say(f"{width} runs side by side: {rate:,.0f} images/s together in a short measurement.")
+    return width
+
+
+def images_per_second(lanes: Sequence[tuple[Job, torch.cuda.Stream]], steps: int = 60, repeats: int = 3) -> float:
+    """Training images/s of all lanes together: the best of `repeats`, queued in turn, one `advance` each."""
+    best = 0.0
+    for _ in range(repeats):
+        for _, stream in lanes:
+            stream.synchronize()
+        began = time.perf_counter()
+        for _ in range(steps):
+            for job, stream in lanes:
+                with torch.cuda.stream(stream):
+                    job.step.at.zero_()
+                    job.advance()
+        for _, stream in lanes:
+            stream.synchronize()
+        images = steps * sum(job.step.plan.shape[2] for job, _ in lanes)
+        best = max(best, images / (time.perf_counter() - began))
+    return best
+
+
+def seconds(runs: Sequence[config.Run], steps: int = 6) -> list[float]:
+    """Seconds that each of `runs` adds until all are done: measured once per shape of network and image.
+
+    On the CPU with one thread, for as many processes as `processes.count` says; on a GPU for runs one after another,
+    although side by side they take less. Start-up and W&B are left out, some tenths of a second a run.
+    """
+    at_once = processes.count([run for run in runs if run.dataset.name not in config.LARGE])
+    if at_once > 1:
+        torch.set_num_threads(runs[0].engine.threads or 1)
+    rates: dict[tuple, tuple[float, float]] = {}
+    each = []
+    for run in runs:
+        if run.dataset.name in config.LARGE:
+            each.append(synthetic.seconds(run))  # one after another, each on all devices
+            continue
+        classes, n_max, n_test, _ = SIZES[run.dataset.name]
+        n = int(longtail.class_counts(classes, run.dataset.imbalance_factor, n_max).sum())
+        alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
+        if alike not in rates:
+            rates[alike] = _measure(run, n_test, steps)
+        per_step, per_test_image = rates[alike]
+        evaluations = 1 + sum((epoch + 1) % run.engine.eval_every == 0 for epoch in range(run.recipe.epochs))
+        total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
+        each.append((total_steps * per_step + evaluations * n_test * per_test_image) / at_once)
+    return each
+
+
+def _prepared(run: config.Run, device: torch.device, n_test: int | None = None, steps: int = 8) -> Job:
+    """`run` on made-up images, enough for `steps` steps an epoch; on its own where the shape is not known."""
+    if run.dataset.name not in SIZES:
+        return prepare(run, device)
+    classes, _, test_images, shape = SIZES[run.dataset.name]
+    counts = np.full(classes, -(-steps * run.recipe.batch_size // classes))
+    return prepare(run, device, made_up(classes, counts, n_test or test_images, shape))
+
+
+def _measure(run: config.Run, n_test: int, steps: int) -> tuple[float, float]:
+    """Seconds a training step and a test image take: the median step, and one batch of test images."""
+    n_test = min(n_test, run.engine.eval_batch)
+    job = _prepared(run, choose_device(run.engine), n_test, steps + 2)
+    _, plan = next(job.stream.epochs(run.recipe))
+    taken = []
+    for row in plan[: steps + 2]:
+        began = time.perf_counter()
+        job.step.load(row[None], np.zeros(1))
+        job.advance()
+        job.step.epoch_losses()  # waits for the device
+        taken.append(time.perf_counter() - began)
+    job.predict()
+    began = time.perf_counter()
+    job.predict().sum().item()
+    return float(np.median(taken[2:])), (time.perf_counter() - began) / n_test

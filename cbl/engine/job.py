@@ -1,0 +1,160 @@
+"""A run made ready on its device: data, network, optimizer, step and evaluation."""
+
+import dataclasses
+import functools
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cbl import config, data
+from cbl.data import augment
+from cbl.engine import evaluate, recipe
+from cbl.engine.step import Scaling, Step, capture, sgd
+from cbl.errors import UserError
+from cbl.losses import ClassBalancedLoss
+from cbl.models import resnet_cifar
+
+# Hardware queues that streams are spread over, 8 unless asked for before CUDA starts: lanes beyond that would wait.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+@dataclasses.dataclass
+class Job:
+    """A run's data, network and step, ready on the device."""
+
+    images: data.Data
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    stream: recipe.Stream
+    step: Step
+    advance: Callable[[], None]  # one training step: `step`, or its replay
+    predict: Callable[[], torch.Tensor]  # () -> float32 logits (n_test, C)
+    test_labels: torch.Tensor  # (n_test,) on the device
+    last_step: int  # steps when the run is over
+    facts: dict[str, Any]  # what they add to the record
+
+
+def prepare(run: config.Run, device: torch.device, images: data.Data | None = None) -> Job:
+    """Reads the data (once per process) unless given, builds the network from the seed, moves both to the device."""
+    images = data.load(run.dataset) if images is None else images
+    height, width, channels = images.train_images.shape[1:]
+    classes, n = len(images.counts), len(images.subset)
+    last_step = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or sys.maxsize)
+    if last_step == 0:
+        raise UserError(
+            f"recipe.epochs={run.recipe.epochs} with {n} images make no step of recipe.batch_size="
+            f"{run.recipe.batch_size}: lower the batch size or train longer."
+        )
+    model = resnet_cifar(
+        run.model.depth,
+        num_classes=classes,
+        in_channels=channels,
+        prior_bias=run.model.prior_bias,
+        shortcut=run.model.shortcut,
+        init=run.model.init,
+        seed=run.seed,
+    ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    loss = ClassBalancedLoss(
+        torch.from_numpy(images.counts), run.loss.kind, run.loss.beta, run.loss.gamma, run.loss.reduction
+    )
+    optimizer = sgd(recipe.parameter_groups(model, run.recipe, run.loss.kind), run.recipe, device)
+    shift, dtype, batch_size = run.dataset.shift, run.engine.dtype, run.recipe.batch_size
+    scaling = Scaling(images.train_images[images.subset] if run.recipe.input_scaling == "mean_std" else None, device)
+    stream = recipe.Stream(
+        n, batch_size, run.seed, run.recipe.image_order, shift, run.dataset.flip, images.record_order
+    )
+    step = Step(
+        model,
+        loss.to(device),
+        optimizer,
+        _resident(images.train_images, shift, device),
+        images.train_labels.to(device),
+        scaling,
+        (height, width),
+        batch_size,
+        longest=-(-n // batch_size),
+        dtype=dtype,
+    )
+    test_images = _resident(images.test_images, 0, device)
+
+    def predict() -> torch.Tensor:
+        return evaluate.predict(model, test_images, scaling, run.engine.eval_batch, dtype)
+
+    advance: Callable[[], None] = step
+    if device.type == "cuda" and run.engine.capture:
+        step.load(np.zeros((1, 4, batch_size)), np.zeros(1))
+        momentum = [kept["momentum_buffer"] for kept in optimizer.state.values()]
+        changed = [*model.parameters(), *model.buffers(), *momentum, step.at, step.losses]
+        advance = capture(step, changed)
+        predict = capture(predict, [])
+    return Job(
+        images=images,
+        model=model,
+        optimizer=optimizer,
+        stream=stream,
+        step=step,
+        advance=advance,
+        predict=predict,
+        test_labels=images.test_labels.to(device),
+        last_step=last_step,
+        facts={
+            "n_train": n,
+            "n_test": len(images.test_labels),
+            "class_counts": images.counts.tolist(),
+            "class_weights": loss.weights.tolist(),
+            "class_names": list(images.class_names),
+            "subset_hash": images.subset_hash,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "device": device_name(device),
+        },
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _resident(images: torch.Tensor, shift: int, device: torch.device) -> torch.Tensor:
+    """The padded images on the device; the runs of a sweep share one copy (a tensor's hash is its identity)."""
+    return augment.pad(images, shift).to(device)
+
+
+def choose_device(engine: config.Engine) -> torch.device:
+    """The device of `engine.device`, set up for `engine.threads` and `engine.deterministic`.
+
+    Raises `UserError` for a device that this machine does not have.
+    """
+    name = engine.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"engine.device is '{name}': write auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"engine.device is '{name}': only cpu and cuda are supported.")
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if (device.index or 0) >= found:
+            raise UserError(f"engine.device is '{name}', but torch {torch.__version__} sees {found} CUDA devices here.")
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    if engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(engine.deterministic)
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, or the processor with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

@@ -1,0 +1,92 @@
+"""What a run says while it trains: a bar on a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 15.0  # between two plain lines of one run
+
+
+class Display:
+    """Bars for the runs under way, one each; lines above them, or lines alone when stderr is no terminal.
+
+    With several runs there is a bar for all of them too. `quiet` says nothing: another process has the terminal.
+    """
+
+    def __init__(self, total: int = 0, bars: bool = True, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.total, self.finished, self.quiet = total, 0, quiet
+        self.bars: Progress | None = None
+        if bars and self.console.is_terminal:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.percentage:3.0f} %"),
+                TextColumn("{task.fields[text]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                transient=True,
+                refresh_per_second=4,
+            )
+            self.bars.start()
+            self.all = self.bars.add_task("all runs", total=total, text=f"0 of {total}", visible=total > 1)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def run(self, name: str, steps: int, batch_size: int, done: int = 0) -> "Line":
+        return Line(self, name, steps, batch_size, done)
+
+    def end(self, text: str) -> None:
+        """One run is through: its line, counted when there are several."""
+        self.finished += 1
+        self.say(f"[{self.finished}/{self.total}] {text}" if self.total > 1 else text)
+        if self.bars:
+            self.bars.update(self.all, completed=self.finished, text=f"{self.finished} of {self.total}")
+
+    def close(self) -> None:
+        if self.bars:
+            self.bars.stop()
+
+
+class Line:
+    """The bar, or the plain lines, of one run."""
+
+    def __init__(self, display: Display, name: str, steps: int, batch_size: int, done: int) -> None:
+        self.display, self.name, self.steps, self.batch_size, self.done = display, name, steps, batch_size, done
+        self.began, self.from_step, self.said = time.monotonic(), done, time.monotonic()
+        self.text, self.error, self.shown = "", None, 0.0
+        self.task = display.bars.add_task(name, total=steps, completed=done, text="") if display.bars else None
+
+    def advance(self) -> None:
+        """A step was begun."""
+        self.done += 1
+        now = time.monotonic()
+        if self.task is not None and now - self.shown >= 0.1:  # a redraw costs as much as a small step
+            self.shown = now
+            rate = (self.done - self.from_step) * self.batch_size / max(now - self.began, 1e-9)
+            self.display.bars.update(self.task, completed=self.done, text=f"{rate:,.0f} images/s, {self.text}")
+
+    def epoch(self, row: dict) -> None:
+        """A row of metrics.jsonl was written."""
+        self.text = f"loss {row['train_loss']:.3f}"
+        if row["test_error"] is not None:
+            self.error = row["test_error"]
+        if self.error is not None:
+            self.text += f", error {self.error:.2f} %"
+        now = time.monotonic()
+        if self.task is None and now - self.said >= PLAIN_SECONDS:
+            self.said = now
+            rate = (self.done - self.from_step) / max(now - self.began, 1e-9)
+            left = (self.steps - self.done) / max(rate, 1e-9)
+            self.display.say(
+                f"{self.name}: epoch {row['epoch']:.0f}, {100 * self.done / self.steps:.0f} %, {self.text}, "
+                f"{rate * self.batch_size:,.0f} images/s, {left / 60:.0f} min left"
+            )
+
+    def close(self) -> None:
+        if self.task is not None:
+            self.display.bars.remove_task(self.task)

@@ -1,0 +1,275 @@
+"""Many runs on one device, their images in its memory: `train(runs)`.
+
+`journey` is the life of one run, from its data to its record, and `fit` its training loop. Both are generators that
+give way where the host would wait for the device, so that `train` can keep several runs going side by side.
+"""
+
+import contextlib
+import math
+import time
+import traceback
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cbl import config, records, tracking
+from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
+from cbl.engine.job import Job, choose_device, prepare
+from cbl.engine.progress import Display, Line
+from cbl.errors import UserError
+
+Journey = Generator[None, None, dict[str, Any]]
+
+
+def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[str, Any]]:
+    """Trains every run that is not done and returns the record of each, in order.
+
+    A run whose folder holds `done` is skipped, a half-done one goes on from its checkpoint, and one that fails (its
+    record says `failed` and why) does not take the others down. On a GPU several go side by side, each on a stream of
+    its own; on the CPU, in a process a core. When the next epoch would pass `deadline` (of time.monotonic), runs
+    under way write a checkpoint and stay `running`, and nothing new is begun.
+    """
+    ended: dict[int, dict[str, Any]] = {}
+    display = Display(len(runs))
+
+    def end(number: int, record: dict[str, Any]) -> None:
+        ended[number] = record
+        display.end(_closing_line(record))
+
+    try:
+        for number, run in enumerate(runs):
+            if records.is_done(folder := records.folder_of(run)):
+                end(number, records.read_record(folder) | {"skipped": "done before"})
+        waiting = [number for number in range(len(runs)) if number not in ended]
+        left = [runs[number] for number in waiting]
+        if (workers := processes.count(left)) > 1:
+            for place, record in processes.train(left, workers, deadline, quiet=display.bars is not None):
+                end(waiting[place], record)
+        else:
+            width = estimate.lanes(left, display.say)
+            lanes: dict[int, tuple[Journey, torch.cuda.Stream | None]] = {}
+            while lanes or (waiting and time.monotonic() < deadline):
+                while waiting and len(lanes) < width and time.monotonic() < deadline:
+                    number = waiting.pop(0)
+                    lanes[number] = journey(runs[number], display, width, deadline), _new_stream(runs[number].engine)
+                for number, (lane, stream) in list(lanes.items()):
+                    try:
+                        with torch.cuda.stream(stream):  # on the CPU None, and nothing is done
+                            next(lane)
+                    except StopIteration as last:
+                        del lanes[number]
+                        end(number, last.value)
+    finally:
+        display.close()
+    return [ended[number] if number in ended else records.new_record(run) for number, run in enumerate(runs)]
+
+
+def drive(run: config.Run, display: Display, deadline: float = math.inf) -> dict[str, Any]:
+    """One run, from its beginning or its checkpoint to its record."""
+    lane = journey(run, display, 1, deadline)
+    while True:
+        try:
+            next(lane)
+        except StopIteration as end:
+            return end.value
+
+
+def _new_stream(engine: config.Engine) -> torch.cuda.Stream | None:
+    """A lane's own stream; None on the CPU, and for a device that `journey` will refuse."""
+    with contextlib.suppress(UserError):
+        device = choose_device(engine)
+        if device.type == "cuda":
+            return torch.cuda.Stream(device)
+    return None
+
+
+def journey(run: config.Run, display: Display, lanes: int, deadline: float) -> Journey:
+    """One run with all that can happen to it; yields while the device works, returns the record."""
+    folder, record = records.folder_of(run), records.new_record(run)
+    try:
+        job = prepare(run, choose_device(run.engine))  # what can be wrong is found before anything is written
+        with records.lock(folder) as mine:
+            if not mine:
+                return record | {"skipped": "another process is training it"}
+            if records.is_done(folder):  # by another process, a moment ago
+                return records.read_record(folder) | {"skipped": "done before"}
+            for half_written in folder.glob("*.tmp"):
+                half_written.unlink()
+            record |= job.facts | {"lanes": lanes}
+            try:
+                yield from live(run, job, record, folder, display, deadline)
+            except Exception as error:
+                record |= _failure(error)
+                records.write_record(folder, record)
+            return record
+    except Exception as error:
+        return record | _failure(error)
+
+
+def live(
+    run: config.Run, job: Job, record: dict[str, Any], folder: Path, display: Display, deadline: float
+) -> Generator[None, None, None]:
+    """The life of a run whose folder is ours: resume, train, evaluate, record; keeps `record` up to date."""
+    # ---- resume
+    state = checkpoint.load(folder, job.model, job.optimizer)
+    if state is None:
+        state = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "best_error": None}
+        state |= {"subset_hash": job.images.subset_hash, "started": record["started"]}
+    elif state["subset_hash"] != job.images.subset_hash:
+        raise UserError(
+            f"{folder} was begun on other images (subset {state['subset_hash']}, now "
+            f"{job.images.subset_hash}): delete the folder to start the run afresh."
+        )
+    record["started"] = state["started"]
+    history = records.rewind_metrics(folder, state["step"])
+    records.write_record(folder, record)
+    tracker = tracking.start(run, record, folder, history)
+    _say_start(display, run, job, state)
+    line = display.run(record["run_id"], job.last_step, run.recipe.batch_size, state["step"])
+    try:
+        # ---- train
+        yield from fit(run, job, state, folder, line, tracker, deadline)
+        record |= {"steps": state["step"], "seconds": round(state["seconds"], 2)}
+
+        # ---- record; the marker comes last
+        if state["step"] == job.last_step:
+            record |= evaluate.measure(job.predict(), job.test_labels, job.images.counts)
+            record |= {"status": "done", "error_best": state["best_error"]}
+            trained = state["step"] * run.recipe.batch_size
+            record["images_per_second"] = round(trained / max(state["train_seconds"], 1e-9), 1)
+            checkpoint.save_weights(folder, job.model)
+        records.write_record(folder, record)
+        if record["status"] == "done":
+            (folder / "done").touch()
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+    except Exception:
+        record["status"] = "failed"  # for W&B's page
+        raise
+    finally:
+        line.close()
+        tracker.finish(record)  # after the marker: a dead server must not hold that up
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    if isinstance(error, UserError):
+        return {"status": "failed", "failure": str(error)}
+    traceback.print_exception(error)  # a defect of ours: all of it
+    return {"status": "failed", "failure": repr(error)}
+
+
+def fit(
+    run: config.Run,
+    job: Job,
+    state: dict[str, Any],
+    folder: Path,
+    line: Line,
+    tracker: tracking.Tracker,
+    deadline: float,
+) -> Generator[None, None, None]:
+    """The training loop; keeps `state`, what a checkpoint holds besides the weights, up to date."""
+    if state["step"] == job.last_step:
+        return  # killed after its last step, before its record
+    n, saved = len(job.images.subset), time.monotonic()
+    epochs = job.stream.epochs(run.recipe, first=state["epoch"])
+    ahead = next(epochs)
+    while True:
+        # ---- an epoch is queued, and the next one drawn while the device works
+        began = time.monotonic()
+        steps, plan = ahead
+        plan = plan[: max(0, job.last_step - steps.start)]
+        plan[:, 0] = job.images.subset[plan[:, 0]]  # from positions in the subset to images
+        rates = np.array([recipe.learning_rate(run.recipe, n, steps.start + i) for i in range(len(plan))])
+        job.step.load(plan, rates)
+        for _ in plan:
+            job.advance()
+            line.advance()
+        due = steps.start + len(plan) == job.last_step or (state["epoch"] + 1) % run.engine.eval_every == 0
+        logits, stepped = None, None
+        if job.step.device.type == "cuda":
+            stepped = torch.cuda.Event()
+            stepped.record()
+            # queued too: the host would otherwise wait while it takes its turn among the kernels of all other runs
+            logits = job.predict() if due else None
+        ahead = next(epochs, ahead)
+        yield
+
+        # ---- its losses are waited for
+        if stepped is not None:
+            stepped.synchronize()
+        trained = time.monotonic() - began
+        losses = job.step.epoch_losses()
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad):
+            raise UserError(
+                f"The loss became {losses[bad[0]]} at step {steps.start + bad[0]} (learning rate "
+                f"{rates[bad[0]]:.3g}): try a lower recipe.learning_rate, a longer recipe.warmup_epochs or "
+                "engine.dtype=fp32."
+            )
+        state["epoch"] += 1
+        state["step"] = steps.start + len(plan)
+        state["train_seconds"] += trained
+
+        # ---- evaluation
+        last = state["step"] == job.last_step
+        error = None
+        if due:
+            error = evaluate.error(job.predict() if logits is None else logits, job.test_labels)
+            state["best_error"] = min(error, state["best_error"] if state["best_error"] is not None else error)
+        state["seconds"] += time.monotonic() - began
+
+        # ---- row and checkpoint
+        if len(plan):
+            row = {
+                "epoch": state["step"] * run.recipe.batch_size / n,
+                "step": state["step"],
+                "lr": float(rates[-1]),
+                "train_loss": float(losses.mean(dtype=np.float64)),
+                "test_error": error,
+                "best_error": state["best_error"],
+                "images_per_second": round(losses.size * run.recipe.batch_size / trained, 1),
+                "seconds": round(state["seconds"], 3),
+            }
+            records.append_metrics(folder, row)
+            tracker.log(row)
+            line.epoch(row)
+        now = time.monotonic()
+        ending = last or now + 1.2 * (now - began) >= deadline
+        if ending or time.monotonic() - saved >= run.engine.checkpoint_seconds:
+            checkpoint.save(folder, job.model, job.optimizer, state)
+            saved = time.monotonic()
+        if ending:
+            return
+
+
+def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any]) -> None:
+    """Counts and weights, in full when the run is alone."""
+    if display.total != 1:
+        return
+    counts, weights = job.facts["class_counts"], job.facts["class_weights"]
+    width = max(len(str(counts[0])), 6)
+
+    def listed(values: list, form: str) -> str:
+        shown = values if len(values) <= 20 else [*values[:8], None, *values[-8:]]
+        return " ".join("…" if v is None else f"{v:>{width}{form}}" for v in shown)
+
+    display.say(f"{config.run_id(run)} on {job.facts['device']}, {run.engine.dtype}")
+    display.say(f"{len(counts)} classes, {job.facts['n_train']:,} training and {job.facts['n_test']:,} test images")
+    display.say(f"class counts   {listed(counts, 'd')}")
+    display.say(f"class weights  {listed(weights, '.4f')}")
+    resumed = f", goes on from step {state['step']:,}" if state["step"] else ""
+    display.say(f"{job.last_step:,} steps of {run.recipe.batch_size} images{resumed}")
+
+
+def _closing_line(record: dict[str, Any]) -> str:
+    name = record["run_id"]
+    if record["status"] == "failed":
+        return f"{name}: failed. {record['failure']}"
+    if record["status"] != "done":
+        return f"{name}: {record.get('skipped', 'stopped, the same command goes on')}"
+    shown = f"{name}: error {record['error_last']:.2f} % after the last step, best {record['error_best']:.2f} %"
+    if "skipped" in record:
+        return f"{shown} ({record['skipped']})"
+    return f"{shown}, {record['seconds']:.0f} s, {record['images_per_second']:,.0f} images/s"

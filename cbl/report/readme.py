@@ -1,0 +1,209 @@
+"""What the published runs say, in sentences made from data: the README's results block, and the head of the page.
+
+The block stands in README.md between two markers; a test fails when it is not what results/ gives.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import pandas as pd
+
+from cbl.errors import UserError
+from cbl.report import tables
+from cbl.report.tables import (
+    BOLD,
+    LABELS,
+    TITLES,
+    Cell,
+    Panel,
+    Table,
+    ours_text,
+    panel_markdown,
+    paper_text,
+    plural,
+    setting_label,
+    signed,
+)
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NAMED = 3  # cells named in a sentence; the others are counted
+
+
+def block(runs: pd.DataFrame) -> str:
+    """The results block from rows of runs.csv, markers included."""
+    built = {name: tables.build(name, runs) for name in tables.NAMES}
+    lines = [BEGIN, "<!-- Made by `make tables` from results/runs.csv. -->", "", " ".join(what_was_run(runs)), ""]
+    if any(cell.values for cell in built["digits"].cells()):
+        digits = built["digits"]
+        lines += [f"### {digits.title}", "", f"{digits.caption} {digits.legend}", ""]
+        for panel in digits.panels[:2]:
+            lines += [f"**{panel.title}**", "", *panel_markdown(panel), ""]
+    if any(cell.values for cell in built["2"].cells()):
+        table = built["2"]
+        legend = table.legend.replace(f"{BOLD} ", "Ours above, the paper below. ")
+        lines += [f"### {table.title}", "", f"{table.caption} {legend}", ""]
+        for panel in table.panels[:2]:
+            lines += [f"**{panel.title}**", "", *_stacked(panel), ""]
+    if said := findings(built):
+        lines += ["### What agrees, and what does not", "", *(f"- {sentence}" for sentence in said), ""]
+    lines += ["### What was not run", "", *(f"- {sentence}" for sentence in not_run(built)), ""]
+    lines += ["### Which command gives what", "", *_commands(built), "", END]
+    return "\n".join(lines)
+
+
+def replace_block(readme: str, new: str) -> str:
+    """The README with `new` for its results block; raises `UserError` unless both markers are there, once each."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise UserError(f"The README has no one place for results: it needs a line {BEGIN} and below it a line {END}.")
+    return readme[: readme.index(BEGIN)] + new + readme[readme.index(END) + len(END) :]
+
+
+def is_stale(readme: str, runs: pd.DataFrame) -> bool:
+    """Whether the README's results block is another than the one that `runs` give."""
+    return replace_block(readme, block(runs)) != readme
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
+def what_was_run(runs: pd.DataFrame) -> list[str]:
+    """How many runs, of what, with which seeds, in which arithmetic, on what, from which code; plainly when none."""
+    done = runs[(runs["status"] == "done") & runs["error_last"].notna()]
+    failed = int((runs["status"] == "failed").sum())
+    said = []
+    if done.empty:
+        said.append("Nothing was run yet: no result of ours is published, and every table is a gap.")
+    else:
+        sets = ", ".join(f"{TITLES.get(name, name)} ({n:,})" for name, n in Counter(done["dataset"]).items())
+        hours = (done["seconds"].astype("float") / done["lanes"].astype("float").fillna(1)).sum() / 3600
+        said += [
+            f"{plural(len(done), 'run')} of {plural(done['cell'].nunique(), 'setting')}: {sets}.",
+            f"Seeds {_numbers(done['seed'])}, subset seeds {_numbers(done['subset_seed'])}; {_counted(done['dtype'])}.",
+            f"{hours:,.1f} hours on {_counted(done['device'])}; code at {_counted(done['commit'])}.",
+        ]
+    return [*said, f"{plural(failed, 'run')} failed and left no number."] if failed else said
+
+
+def findings(built: Mapping[str, Table]) -> list[str]:
+    """What the tables say about the paper: agreement cell by cell, gains of class balancing, details that matter."""
+    said = []
+    for table in built.values():
+        if sentences := _agreement(table) + _gains(table) + _changes(table):
+            said.append(f"{table.short}: {' '.join(sentences)}")
+    return said
+
+
+def not_run(built: Mapping[str, Table]) -> list[str]:
+    """Per table how many of its cells are gaps."""
+    said = []
+    for table in built.values():
+        cells = _asked(table)
+        gaps = sum(not cell.values for cell in cells)
+        if gaps:
+            said.append(f"{table.short}: {'all' if gaps == len(cells) else gaps} of {len(cells)} cells.")
+    return said or ["Nothing: every cell of every table has a run."]
+
+
+def _asked(table: Table) -> list[Cell]:
+    """The cells that runs of their own fill."""
+    kinds = ("error", "difference", "count")
+    return [cell for panel in table.panels if not panel.apart for cell in panel.cells() if cell.kind in kinds]
+
+
+def _agreement(table: Table) -> list[str]:
+    run = {cell.setting: cell for cell in table.cells() if cell.values and cell.paper is not None}
+    if not run:
+        return []
+    count = Counter(cell.verdict for cell in run.values())
+    mean = sum(cell.difference or 0.0 for cell in run.values()) / len(run)
+    said = [
+        f"{plural(len(run), 'setting')} run, {count['agrees']} within two standard errors of the paper, "
+        f"{count['better']} better, {count['worse']} worse, {signed(mean)} points on average."
+    ]
+    for verdict in ("better", "worse"):
+        apart = [cell for cell in run.values() if cell.verdict == verdict]
+        if apart:
+            apart.sort(key=lambda cell: -abs(cell.difference or 0.0))
+            said.append(f"{verdict.capitalize()}: {_listed(apart, [cell.difference or 0.0 for cell in apart])}.")
+    return said
+
+
+def _gains(table: Table) -> list[str]:
+    gains = [cell for panel in table.panels for cell in panel.cells() if cell.kind == "gain" and cell.values]
+    if not gains:
+        return []
+    positive = sum((cell.mean or 0.0) > 0 for cell in gains)
+    surely = sum(cell.interval is not None and cell.interval[0] > 0 for cell in gains)
+    harmful = sum(cell.interval is not None and cell.interval[1] < 0 for cell in gains)
+    return [
+        f"Class balancing has a lower error than the same loss without it in {positive} of "
+        f"{plural(len(gains), 'setting')}, its 95 % interval is above zero in {surely} and below zero in {harmful}."
+    ]
+
+
+def _changes(table: Table) -> list[str]:
+    changes = [cell for panel in table.panels for cell in panel.cells() if cell.kind == "difference" and cell.values]
+    if not changes:
+        return []
+    clear = [cell for cell in changes if cell.interval and (cell.interval[0] > 0 or cell.interval[1] < 0)]
+    clear.sort(key=lambda cell: -abs(cell.mean or 0.0))
+    said = f"{plural(len(changes), 'change')} run, in {len(clear)} the 95 % interval of the effect leaves out zero"
+    return [f"{said}: {_listed(clear, [cell.mean or 0.0 for cell in clear])}." if clear else f"{said}."]
+
+
+def _listed(cells: list[Cell], points: list[float]) -> str:
+    names = []
+    for cell, value in list(zip(cells, points, strict=True))[:NAMED]:
+        setting = cell.setting
+        factor = "" if setting.imbalance_factor is None else f" IF {setting.imbalance_factor:g}"
+        changed = f" with {setting.departures}" if setting.departures else ""
+        name = TITLES.get(setting.dataset, setting.dataset)
+        names.append(f"{setting_label(setting)} on {name}{factor}{changed} ({signed(value)})")
+    more = f" and {len(cells) - NAMED} more" if len(cells) > NAMED else ""
+    return "; ".join(names) + more
+
+
+def _numbers(column: pd.Series) -> str:
+    return ", ".join(f"{value}" for value in sorted(column.dropna().unique()))
+
+
+def _counted(column: pd.Series) -> str:
+    """`fp32` when it is the same for all, else each with its number of runs."""
+    count = Counter(value if isinstance(value, str) and value else "unknown" for value in column)
+    if len(count) == 1:
+        return next(iter(count))
+    return ", ".join(f"{name} ({n:,})" for name, n in count.most_common())
+
+
+# -- Markdown ----------------------------------------------------------------------------------------------------------
+
+
+def _stacked(panel: Panel) -> list[str]:
+    """A panel as narrow as it can be: ours over the paper's number."""
+    lines = [f"|  | {' | '.join(panel.columns)} |", f"|:--|{'--:|' * len(panel.columns)}"]
+    for label, cells in panel.rows:
+        words = ["" if cell is None else f"{ours_text(cell)}<br>{paper_text(cell)}" for cell in cells]
+        lines.append(f"| {label} | {' | '.join(words)} |")
+    return lines
+
+
+def _commands(built: Mapping[str, Table]) -> list[str]:
+    """One command per table, and per row of Table 2."""
+
+    def done(cells: list[Cell]) -> str:
+        return f"{sum(bool(cell.values) for cell in cells)} of {len(cells)}"
+
+    lines = ["| what | command | cells |", "|:--|:--|--:|"]
+    for name, table in built.items():
+        lines.append(f"| {table.title} | `{table.command}` | {done(_asked(table))} |")
+        if name != "2":
+            continue
+        for loss, label in LABELS.items():
+            command = (
+                f"python scripts/train.py -m sweep=imbalance dataset=cifar10_lt,cifar100_lt loss={loss} seed=0,1,2"
+            )
+            if loss == "class_balanced":
+                command = "python scripts/train.py -m 'experiment=glob(table2_*)' seed=0,1,2"
+            rows = [cells for panel in table.panels[:2] for words, cells in panel.rows if words == label]
+            lines.append(f"| row {label} | `{command}` | {done([cell for row in rows for cell in row if cell])} |")
+    return lines

@@ -1,0 +1,804 @@
+"""The paper's tables, its numbers and ours side by side: from rows of runs.csv to plain data, and from there to text.
+
+`build` makes a `Table` of panels of rows of cells; `markdown`, `latex`, `tidy` (for CSV) and `show` (for a terminal)
+write it out, and `cbl.report.page` writes HTML. No cell holds a number that no recorded run produced, runs of different
+`cell` are never averaged, and a table shows one dtype. What was not run is a visible gap.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from cbl import longtail, records
+from cbl.config import nearest
+from cbl.errors import UserError
+from cbl.report import paper as printed
+from cbl.report.verdict import Row, Verdict, bootstrap, difference, paired_gain, pairs, verdict
+
+GRIDS = {"grid10": ("cifar10_lt", 8), "grid20": ("cifar20_lt", 9), "grid100": ("cifar100_lt", 10)}  # the paper's figure
+FACTORS = [float(factor) for factor in printed.IMBALANCE_FACTORS if factor > 1]  # of the grids
+NAMES = ["digits", "1", "2", *GRIDS, "ablation", "3"]
+TITLES = {
+    "digits_lt": "digits",
+    "cifar10_lt": "CIFAR-10",
+    "cifar20_lt": "CIFAR-20",
+    "cifar100_lt": "CIFAR-100",
+    "inaturalist2017": "iNaturalist 2017",
+    "inaturalist2018": "iNaturalist 2018",
+    "imagenet": "ILSVRC 2012",
+}
+LABELS = {  # rows of Table 2
+    "softmax": "Softmax",
+    "sigmoid": "Sigmoid",
+    "focal_g0.5": "Focal γ 0.5",
+    "focal_g1": "Focal γ 1.0",
+    "focal_g2": "Focal γ 2.0",
+    "class_balanced": "Class-balanced",
+}
+SIZES = {"cifar10_lt": (10, 5000), "cifar20_lt": (20, 2500), "cifar100_lt": (100, 500)}  # classes, largest class
+# What the ablation changes, one at a time: a row's label, and the departure from the official configuration.
+DETAILS = [
+    ("Loss divided by the sum of the drawn weights", 'loss.reduction="weight_sum"'),
+    ("No prior in the last bias", "model.prior_bias=false"),
+    ("Shortcut: strided slice", 'model.shortcut="strided"'),
+    ("Shortcut: projection", 'model.shortcut="projection"'),
+    ("Initial weights: Kaiming", 'model.init="kaiming"'),
+    ("Input: per-channel mean and sd", 'recipe.input_scaling="mean_std"'),
+    ("Learning rate drops: ×0.1", "recipe.drop=0.1"),
+    ("Weight decay: everything", 'recipe.decay_scope="everything"'),
+    ("Weight decay: everything but BN", 'recipe.decay_scope="not_bn"'),
+    ("Weight decay: last bias alone", 'recipe.decay_scope="only_last_bias"'),
+    ("Image order: official stream", 'recipe.image_order="official_stream"'),
+]
+# Its class-balanced columns: beta of the paper's best cell at imbalance factor 100.
+ABLATION_BETAS = {"cifar10_lt": 0.9999, "cifar100_lt": 0.9}
+
+GAP = "–"
+MARKS = {"agrees": "≈", "better": "↓", "worse": "↑", "equal": "=", "differs": "≠", "–": ""}  # of a verdict
+LEGEND = "≈ agrees with the paper within two standard errors, √(0.7² + s²/n) each; ↓ better (lower error); ↑ worse."
+ERRORS = "Test error (%) after the last step, mean ± standard deviation (runs). – is a gap: not run."
+BOLD = "The lowest error of a column is bold."
+PAIRED = (
+    "paired by seed and subset: mean [95 % bootstrap interval of 10,000 resamples; of up to three pairs it is their "
+    "whole range] (pairs)."
+)
+GAINS = f"Gains (points) are {PAIRED}"
+
+Kind = Literal["error", "best", "gain", "difference", "count"]
+
+
+class Setting(NamedTuple):
+    """What a cell of a table asks of a run; its seeds and dtype are free."""
+
+    dataset: str
+    imbalance_factor: float | None
+    loss: str
+    gamma: float | None
+    beta: float
+    departures: str = ""  # `overrides` of runs.csv, and loss.reduction where it has an effect, blank between
+    model: str = "resnet32"
+    epochs: int = 200
+
+
+Done = Mapping[Setting, list[Row]]  # rows of runs.csv that are done, in the order of their seeds
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the paper and what our runs say to it; `values` and `seeds` have one entry per run or pair of runs.
+
+    kind says what the numbers are: `error` after the last step and `best` (lowest of all evaluations) in %; `gain`
+    (baseline minus class-balanced) and `difference` (changed minus official) in points, paired by seed; `count`.
+    """
+
+    kind: Kind
+    setting: Setting
+    paper: float | None = None
+    values: tuple[float, ...] = ()
+    seeds: tuple[str, ...] = ()  # "0", or "0.1": seed 0 on the subset of seed 1
+    best: tuple[float, ...] = ()  # lowest error of all evaluations of the same runs
+    interval: tuple[float, float] | None = None  # bootstrap, 95 %
+    run_ids: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    commits: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float | None:
+        return float(np.mean(self.values)) if self.values else None
+
+    @property
+    def sd(self) -> float | None:
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        return difference(self.paper, self.values)
+
+    @property
+    def verdict(self) -> Verdict | Literal["equal", "differs"]:
+        if self.kind == "count" and self.difference is not None:
+            return "equal" if abs(self.difference) < 1e-3 else "differs"  # ratios are given to 4 digits
+        return verdict(self.paper, self.values) if self.kind == "error" else "–"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows of cells under common columns; a cell that is None does not apply."""
+
+    title: str
+    columns: list[str]
+    rows: Sequence[tuple[str, Sequence[Cell | None]]]
+    apart: bool = False  # no headline: shown after the others
+
+    @property
+    def with_paper(self) -> bool:
+        return any(cell.paper is not None for cell in self.cells())
+
+    def cells(self) -> list[Cell]:
+        return [cell for _, cells in self.rows for cell in cells if cell is not None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that is known of one table, before it is written in any format."""
+
+    name: str
+    title: str
+    caption: str  # what is particular to it
+    legend: str  # how to read it
+    panels: list[Panel]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def short(self) -> str:
+        return self.title.split(":")[0]
+
+    @property
+    def command(self) -> str:
+        return "make reproduce-table" + ("" if self.name == "digits" else f" TABLE={self.name}")
+
+    def cells(self) -> list[Cell]:
+        """Those of the paper's own grid, in all panels: neither gains nor best-on-test."""
+        return [cell for panel in self.panels for cell in panel.cells() if cell.kind == "error" and not panel.apart]
+
+
+def build(name: str, runs: pd.DataFrame, counts: Mapping[str, Sequence[int]] | None = None) -> Table:
+    """The table of that name, one of `NAMES`, from rows of runs.csv, failed and foreign ones among them.
+
+    `counts`: images per class of large data sets, for Table 1. Raises `UserError` for another name.
+    """
+    done = done_runs(runs)
+    match name:
+        case "digits":
+            return digits(done)
+        case "1":
+            return table1(counts or {})
+        case "2":
+            return table2(done)
+        case "ablation":
+            return ablation(done)
+        case "3":
+            return table3(done)
+        case _ if name in GRIDS:
+            return grid(name, done)
+    raise UserError(f"There is no table '{name}'{nearest(name, NAMES)}")
+
+
+# -- from runs to cells ------------------------------------------------------------------------------------------------
+
+
+def done_runs(runs: pd.DataFrame) -> Done:
+    """Rows of runs.csv that are done, by setting; all dtypes are still together."""
+    runs = runs[(runs["status"] == "done") & runs["error_last"].notna() & runs["beta"].notna()]
+    runs = runs.sort_values(["subset_seed", "seed", "run_id"], kind="stable").astype("object")
+    done: dict[Setting, list[Row]] = {}
+    for row in runs.where(runs.notna(), None).to_dict("records"):
+        departures = row["overrides"] or ""
+        if row["beta"] > 0 and row["reduction"] != "batch":  # at beta 0 both divide by the batch size
+            departures = f'{departures} loss.reduction="{row["reduction"]}"'.strip()
+        setting = _setting(row)._replace(departures=departures, model=row["model"], epochs=row["epochs"])
+        done.setdefault(setting, []).append(row)
+    return done
+
+
+def one_dtype(done: Done, wanted: Iterable[Setting]) -> tuple[Done, str, list[str]]:
+    """The runs of the wanted settings in the dtype that most of them have; a sentence that names it; notes.
+
+    The notes count what is left out.
+    """
+    pool = {setting: done[setting] for setting in dict.fromkeys(wanted) if setting in done}
+    count = Counter(row["dtype"] for rows in pool.values() for row in rows)
+    if not count:
+        return {}, "Nothing of this table was run yet.", []
+    chosen = min(count, key=lambda dtype: (-count[dtype], dtype != "fp32", dtype))
+    notes = [
+        f"{plural(n, 'done run')} in {dtype} left out: a table shows one dtype."
+        for dtype, n in sorted(count.items())
+        if dtype != chosen
+    ]
+    found = {setting: [row for row in rows if row["dtype"] == chosen] for setting, rows in pool.items()}
+    found = {setting: rows for setting, rows in found.items() if rows}
+    strangers = 0
+    for setting, rows in found.items():
+        cell = Counter(row["cell"] for row in rows).most_common(1)[0][0]
+        found[setting] = [row for row in rows if row["cell"] == cell]
+        strangers += len(rows) - len(found[setting])
+    if strangers:
+        notes.append(f"{plural(strangers, 'done run')} of another `cell` left out: these are never averaged.")
+    return found, f"All runs of ours are in {chosen}.", notes
+
+
+def error_cell(
+    done: Done,
+    setting: Setting,
+    paper: float | None = None,
+    column: Literal["error_last", "error_top5"] = "error_last",
+) -> Cell:
+    """Test error after the last step of all runs of a setting; a gap when there is none."""
+    rows = [row for row in done.get(setting, []) if row.get(column) is not None]
+    best = tuple(row["error_best"] for row in rows) if column == "error_last" else ()
+    return Cell(
+        "error",
+        setting,
+        paper,
+        values=tuple(row[column] for row in rows),
+        seeds=_seeds(rows),
+        best=() if None in best else best,
+        run_ids=tuple(row["run_id"] for row in rows),
+        devices=_distinct(rows, "device"),
+        commits=_distinct(rows, "commit"),
+    )
+
+
+def paired_cell(
+    kind: Literal["gain", "difference"], done: Done, setting: Setting, other: Setting, paper: float | None = None
+) -> Cell:
+    """A class-balanced `setting` against its baseline, or a changed one against the official, over common seeds."""
+    rows, others = done.get(setting, []), done.get(other, [])
+    both = pairs(rows, others)
+    values = [row["error_last"] - base["error_last"] for row, base in both]
+    if kind == "gain":
+        values = [-value for value in values]
+    mean = paired_gain(others, rows) if kind == "gain" else bootstrap(values)
+    return Cell(
+        kind,
+        setting,
+        paper,
+        values=tuple(values),
+        seeds=_seeds([row for row, _ in both]),
+        interval=mean.interval if mean else None,
+        run_ids=tuple(row["run_id"] for pair in both for row in pair),
+        devices=_distinct([row for pair in both for row in pair], "device"),
+        commits=_distinct([row for pair in both for row in pair], "commit"),
+    )
+
+
+def _seeds(rows: Iterable[Row]) -> tuple[str, ...]:
+    return tuple(f"{row['seed']}.{row['subset_seed']}" if row["subset_seed"] else f"{row['seed']}" for row in rows)
+
+
+def _distinct(rows: Iterable[Row], column: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row[column] for row in rows if row[column]))
+
+
+def plain(setting: Setting) -> Setting:
+    """The same at beta 0, the baseline of a gain."""
+    kept = [word for word in setting.departures.split() if not word.startswith("loss.reduction=")]
+    return setting._replace(beta=0.0, departures=" ".join(kept))
+
+
+def best_on_test(panel: Panel) -> Panel:
+    """The error cells of a panel once more, by the lowest error of all evaluations."""
+
+    def best(cell: Cell | None) -> Cell | None:
+        return cell and replace(cell, kind="best", paper=None, values=cell.best)
+
+    rows = [(label, [best(cell) for cell in cells]) for label, cells in panel.rows if "gain" not in _kinds(cells)]
+    return Panel(f"{panel.title}, lowest error of all evaluations: chosen on the test set", panel.columns, rows, True)
+
+
+def _kinds(cells: Iterable[Cell | None]) -> set[Kind]:
+    return {cell.kind for cell in cells if cell is not None}
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def digits(done: Done) -> Table:
+    """The embedded table: 5 losses x 5 betas on long-tailed digits. The paper has none like it."""
+    kinds = [(loss, gamma, beta) for loss, gamma in printed.LOSSES for beta in printed.BETAS]
+    # Network and schedule: those of most runs. For digits there is no official configuration to go by.
+    count: Counter[tuple] = Counter()
+    for setting, rows in done.items():
+        if setting[:2] == ("digits_lt", 100.0) and setting[2:5] in kinds:
+            count[setting[5:]] += len(rows)
+    chosen = min(count, key=lambda rest: (-count[rest], rest)) if count else ("", "resnet8", 60)
+    settings = {kind: Setting("digits_lt", 100.0, *kind, *chosen) for kind in kinds}
+    runs, caption, notes = one_dtype(done, settings.values())
+    if others := count.total() - count[chosen]:
+        notes.append(f"{plural(others, 'done run')} with another network or schedule left out.")
+    errors, gains = [], []
+    for loss, gamma in printed.LOSSES:
+        row = [settings[loss, gamma, beta] for beta in printed.BETAS]
+        errors.append((loss_label(loss, gamma), [error_cell(runs, setting) for setting in row]))
+        gains.append((loss_label(loss, gamma), [paired_cell("gain", runs, setting, row[0]) for setting in row[1:]]))
+    columns = [f"β {beta:g}" for beta in printed.BETAS]
+    panel = Panel("Digits", columns, errors)
+    departures, model, epochs = chosen
+    recipe = f"{model.replace('resnet', 'ResNet-')}, {epochs} epochs{', ' if departures else ''}{departures}"
+    return Table(
+        "digits",
+        "Embedded table: long-tailed digits, imbalance factor 100",
+        f"{recipe}. {caption}",
+        f"{ERRORS} {BOLD} {GAINS}",
+        [panel, Panel("Digits, gain over the same loss at β 0 (points)", columns[1:], gains), best_on_test(panel)],
+        notes,
+    )
+
+
+def table1(counts: Mapping[str, Sequence[int]]) -> Table:
+    """Table 1: what `longtail.class_counts` computes against the paper and the official code's own counts."""
+    rows = []
+    for row in printed.table1().to_dict("records"):
+        name, factor = row["dataset"], row["imbalance_factor"]
+        if name in SIZES:
+            found = longtail.class_counts(SIZES[name][0], factor, SIZES[name][1])
+        else:
+            found = np.asarray(counts.get(name, []))
+        computed: list[float | None] = [None] * 5
+        if len(found):
+            computed = [len(found), max(found), min(found), max(found) / min(found), sum(found)]
+        names = ("classes", "largest_class", "smallest_class", "ratio", "n_train")
+        cells = [
+            Cell(
+                "count",
+                Setting(name, factor, "", None, 0.0),
+                None if pd.isna(row[key]) else float(row[key]),
+                () if value is None else (float(value),),
+            )
+            for key, value in zip(names, computed, strict=True)
+        ]
+        rows.append((f"{TITLES[name]}, IF {factor:g}" if name in SIZES else TITLES[name], cells))
+    unchecked = [label for label, cells in rows if not cells[0].values]
+    return Table(
+        "1",
+        "Table 1: data sets",
+        "Images per class, computed by cbl.longtail.class_counts. The paper's column holds the paper's numbers, and "
+        "for CIFAR, where it gives ranges, those of the official code.",
+        "= equal, ≠ differs, – is a gap: not checked.",
+        [Panel("Training sets", ["classes", "largest class", "smallest class", "largest / smallest", "images"], rows)],
+        [f"Not checked here: {', '.join(unchecked)} (their counts need the data set's index)."] if unchecked else [],
+    )
+
+
+def table2(done: Done) -> Table:
+    """Table 2: the five plain losses, and the class-balanced loss at the setting that was the paper's best."""
+    cells = {(row["dataset"], row["row"], row["imbalance_factor"]): row for row in _plain_rows(printed.table2())}
+    datasets = ("cifar10_lt", "cifar100_lt")
+    factors = [*FACTORS, 1.0]
+    settings = {key: _setting(row) for key, row in cells.items()}
+    dropped = {key: settings[key]._replace(departures="recipe.drop=0.01") for key in cells if key[2] == 1}
+    runs, caption, notes = one_dtype(done, [*settings.values(), *dropped.values()])
+
+    def rows_of(settings: Mapping[tuple, Setting], columns: Sequence[tuple[str, float]]) -> list[tuple[str, list]]:
+        rows = []
+        for row, label in LABELS.items():
+            keys = [(name, row, factor) for name, factor in columns]
+            rows.append((label, [error_cell(runs, settings[key], cells[key]["error"]) for key in keys]))
+        return rows
+
+    panels = []
+    for name in datasets:
+        rows = rows_of(settings, [(name, factor) for factor in factors])
+        gains: list[Cell | None] = []
+        for best, factor in zip(rows[-1][1], factors, strict=True):
+            base = plain(best.setting)
+            [before] = {c.paper for _, row in rows[:-1] for c in row if c.setting == base}
+            gain = paired_cell("gain", runs, best.setting, base, before - best.paper)
+            gains.append(gain if factor > 1 else None)  # there every weight is 1
+        rows.append(("Gain of balancing", gains))
+        panels.append(Panel(TITLES[name], [factor_label(factor) for factor in factors], rows))
+        used = "; ".join(f"{c.setting.imbalance_factor:g}: {setting_label(c.setting)}" for c in rows[-2][1])
+        notes.append(f"Class-balanced, {TITLES[name]}, by imbalance factor: {used}.")
+    rows = rows_of(dropped, [(name, 1.0) for name in datasets])
+    footnote = Panel("IF 1 with the ×0.01 drops", [TITLES[name] for name in datasets], rows, apart=True)
+    notes += [
+        "At IF 1 all weights are 1: the class-balanced cell is the sigmoid run.",
+        "At IF 1 the learning rate drops by ×0.1, as in the official script for the balanced sets, elsewhere by ×0.01, "
+        "as the paper says; which of the two made its IF 1 column is unknown, so both are shown.",
+    ]
+    return Table(
+        "2",
+        "Table 2: long-tailed CIFAR",
+        f"{caption} The paper chose its class-balanced row on test error, as the best of 25 settings; ours runs the "
+        "setting it chose.",
+        f"{ERRORS} {BOLD} {LEGEND} {GAINS}",
+        [*panels, footnote, *(best_on_test(panel) for panel in panels)],
+        notes,
+    )
+
+
+def grid(name: str, done: Done) -> Table:
+    """Fig. 8, 9 or 10: the whole search on one data set, 25 settings x 5 imbalance factors."""
+    dataset, figure = GRIDS[name]
+    cells = {_setting(row): row["error"] for row in _plain_rows(printed.grids()) if row["dataset"] == dataset}
+    runs, caption, notes = one_dtype(done, cells)
+    rows, gains = [], []
+    for loss, gamma in printed.LOSSES:
+        for beta in printed.BETAS:
+            label = loss_label(loss, gamma, beta)
+            settings = [Setting(dataset, factor, loss, gamma, beta) for factor in FACTORS]
+            rows.append((label, [error_cell(runs, setting, cells[setting]) for setting in settings]))
+            if beta:
+                both = [(setting, plain(setting)) for setting in settings]
+                gains.append((label, [paired_cell("gain", runs, s, base, cells[base] - cells[s]) for s, base in both]))
+    columns = [factor_label(factor) for factor in FACTORS]
+    panel = Panel(TITLES[dataset], columns, rows)
+    gain = Panel(f"{TITLES[dataset]}, gain over the same loss without class balancing (points)", columns, gains)
+    return Table(
+        name,
+        f"Figure {figure}: the whole search on long-tailed {TITLES[dataset]}",
+        f"{caption} The lowest of each column is in the paper's Table 2, chosen on test error.",
+        f"{ERRORS} {BOLD} {LEGEND} {GAINS}",
+        [panel, gain, best_on_test(panel)],
+        notes,
+    )
+
+
+def ablation(done: Done) -> Table:
+    """One detail of the official configuration changed at a time, at imbalance factor 100."""
+    columns = {
+        name: [
+            Setting(name, 100.0, loss, gamma, beta)
+            for loss, gamma in (("softmax", None), ("focal", 1.0))
+            for beta in (0.0, ABLATION_BETAS[name])
+        ]
+        for name in ABLATION_BETAS
+    }
+    official = [setting for row in columns.values() for setting in row]
+    known = {departure for _, departure in DETAILS}
+    # any other single detail that somebody changed is a row as well; what only stops a run early is none
+    others = {s.departures for s in done if s._replace(departures="") in official} - known - {""}
+    single = sorted(word for word in others if " " not in word and not word.startswith("engine."))
+    details = [*DETAILS, *((word, word) for word in single)]
+    changed = [setting._replace(departures=word) for setting in official for _, word in details]
+    runs, caption, notes = one_dtype(done, [*official, *changed])
+    panels = []
+    for name, settings in columns.items():
+        rows: list[tuple[str, list[Cell | None]]] = []
+        rows.append(("Official configuration (%)", [error_cell(runs, setting) for setting in settings]))
+        for label, word in details:
+            row = [paired_cell("difference", runs, s._replace(departures=word), s) for s in settings]
+            rows.append((label, [cell if cell.values or _applies(word, cell.setting) else None for cell in row]))
+        panels.append(Panel(TITLES[name], [loss_label(*setting[2:5]) for setting in settings], rows))
+    return Table(
+        "ablation",
+        "Ablation: one detail of the official configuration changed at a time, imbalance factor 100",
+        f"{caption} First row: test error (%); others: its change in points, positive is worse.",
+        f"Errors after the last step, mean ± standard deviation (runs). Changes are {PAIRED} Blank: without effect "
+        "there. – is a gap: not run.",
+        panels,
+        notes,
+    )
+
+
+def _applies(word: str, setting: Setting) -> bool:
+    """Whether the departure changes anything at that loss and beta."""
+    if word.startswith("loss.reduction="):
+        return setting.beta > 0
+    official = ("model.prior_bias=false", 'recipe.decay_scope="everything"')  # of softmax
+    return not (setting.loss == "softmax" and word in official)
+
+
+def table3(done: Done) -> Table:
+    """Table 3: the large data sets, top-1 and top-5."""
+    frame = printed.table3()
+    datasets = ["inaturalist2017", "inaturalist2018", "imagenet"]
+    rows: dict[str, list[Cell | None]] = {}
+    cells = []
+    for row in _plain_rows(frame):
+        size = "" if row["image_size"] == 224 else f"dataset.image_size={row['image_size']}"
+        setting = Setting(row["dataset"], None, row["loss"], row["gamma"], row["beta"], size, row["network"], 90)
+        cells.append((row, setting))
+    runs, caption, notes = one_dtype(done, (setting for _, setting in cells))
+    order = {(name, metric): i for i, (name, metric) in enumerate((d, m) for d in datasets for m in ("top1", "top5"))}
+    cells.sort(key=lambda pair: order[pair[0]["dataset"], pair[0]["metric"]])
+    for row, setting in cells:
+        loss = "Softmax" if row["loss"] == "softmax" else f"CB {loss_label(row['loss'], row['gamma'], row['beta'])}"
+        label = f"{row['network'].replace('resnet', 'ResNet-')}, {loss}, {row['image_size']} px"
+        top1 = row["metric"] == "top1"
+        cell = error_cell(runs, setting, row["error"], "error_last" if top1 else "error_top5")
+        rows.setdefault(label, []).append(cell)
+    columns = [f"{TITLES[name].replace('iNaturalist', 'iNat')} top-{k}" for name in datasets for k in (1, 5)]
+    return Table(
+        "3",
+        "Table 3: large data sets",
+        caption,
+        f"{ERRORS.replace('Test', 'Validation')} {BOLD} {LEGEND}",
+        [Panel("All from scratch, 90 epochs", columns, list(rows.items()))],
+        notes,
+    )
+
+
+def _plain_rows(frame: pd.DataFrame) -> list[dict]:
+    return [{k: None if pd.isna(v) else v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def _setting(row: Mapping) -> Setting:
+    return Setting(row["dataset"], row["imbalance_factor"], row["loss"], row["gamma"], row["beta"])
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def factor_label(factor: float) -> str:
+    return f"IF {factor:g}"
+
+
+def loss_label(loss: str, gamma: float | None, beta: float = 0.0) -> str:
+    """`Focal γ 1.0 β 0.9999`."""
+    name = f"Focal γ {gamma:.1f}" if loss == "focal" else loss.capitalize()
+    return f"{name} β {beta!r}" if beta else name
+
+
+def setting_label(setting: Setting) -> str:
+    return loss_label(setting.loss, setting.gamma, setting.beta)
+
+
+def signed(value: float) -> str:
+    """`+0.50`, `−0.50` with a true minus."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def text(value: float, kind: Kind) -> str:
+    if kind == "count":
+        return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+    return signed(value) if kind in ("gain", "difference") else f"{value:.2f}"
+
+
+def paper_text(cell: Cell) -> str:
+    return GAP if cell.paper is None else text(cell.paper, cell.kind)
+
+
+def ours_text(cell: Cell) -> str:
+    """`29.40 ± 0.31 (3) ≈`, `+1.20 [0.80, 1.60] (3)`, or the gap."""
+    if cell.mean is None:
+        return GAP
+    if cell.kind == "count":
+        return f"{text(cell.mean, cell.kind)} {MARKS[cell.verdict]}".strip()
+    words = [text(cell.mean, cell.kind)]
+    if cell.interval:
+        words.append(f"[{signed(cell.interval[0])}, {signed(cell.interval[1])}]")
+    elif cell.sd is not None:
+        words.append(f"± {cell.sd:.2f}")
+    return " ".join([*words, f"({len(cell.values)})", MARKS[cell.verdict]]).strip()
+
+
+def common_n(panel: Panel) -> int | None:
+    """The number of runs behind every cell that has any, if it is the same."""
+    found = {len(cell.values) for cell in panel.cells() if cell.values and cell.kind != "count"}
+    return found.pop() if len(found) == 1 else None
+
+
+def lowest(panel: Panel, side: Literal["paper", "ours"]) -> list[float | None]:
+    """Per column the lowest error, rounded as printed; None where fewer than two rows have a number."""
+    found = []
+    for column in zip(*(cells for _, cells in panel.rows), strict=True):
+        cells = [cell for cell in column if cell is not None and cell.kind in ("error", "best")]
+        numbers = [cell.paper if side == "paper" else cell.mean for cell in cells]
+        numbers = [round(number, 2) for number in numbers if number is not None]
+        found.append(min(numbers) if len(numbers) > 1 else None)
+    return found
+
+
+def is_lowest(cell: Cell, side: Literal["paper", "ours"], minimum: float | None) -> bool:
+    value = cell.paper if side == "paper" else cell.mean
+    return minimum is not None and cell.kind in ("error", "best") and value is not None and round(value, 2) == minimum
+
+
+# -- written out -------------------------------------------------------------------------------------------------------
+
+
+def write(table: Table, folder: Path) -> list[Path]:
+    """Writes `folder`/table2.md, .csv and .tex, or grid10 and the like; returns the three paths."""
+    stem = f"table{table.name}" if table.name.isdigit() else table.name
+    forms = {"md": markdown(table), "csv": tidy(table).to_csv(index=False), "tex": latex(table)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending, words in forms.items():
+        records.write_text(folder / f"{stem}.{ending}", words)
+    return [folder / f"{stem}.{ending}" for ending in forms]
+
+
+def tidy(table: Table) -> pd.DataFrame:
+    """One line per cell, for CSV and pandas: labels, settings, the paper, ours in full, and the runs behind it."""
+    lines = []
+    for panel in table.panels:
+        if panel.apart and "best" in _kinds(panel.cells()):
+            continue  # it is a column of the same lines
+        for label, cells in panel.rows:
+            for column, cell in zip(panel.columns, cells, strict=True):
+                if cell is not None:
+                    lines.append(_line(table, panel, label, column, cell))
+    return pd.DataFrame(lines)
+
+
+def _line(table: Table, panel: Panel, label: str, column: str, cell: Cell) -> dict:
+    low, high = cell.interval or (None, None)
+    best = float(np.mean(cell.best)) if cell.best else None
+    numbers = {
+        "paper": cell.paper,
+        "mean": cell.mean,
+        "sd": cell.sd,
+        "low": low,
+        "high": high,
+        "difference": cell.difference,
+        "best_on_test_mean": best,
+    }
+    numbers = {name: None if value is None else round(value, 4) for name, value in numbers.items()}
+    return {
+        "table": table.name,
+        "panel": panel.title,
+        "row": label,
+        "column": column,
+        "kind": cell.kind,
+        "dataset": cell.setting.dataset,
+        "imbalance_factor": cell.setting.imbalance_factor,
+        "loss": cell.setting.loss,
+        "gamma": cell.setting.gamma,
+        "beta": cell.setting.beta,
+        "departures": cell.setting.departures,
+        **numbers,
+        "verdict": cell.verdict,
+        "n": len(cell.values),
+        "seeds": " ".join(cell.seeds),
+        "values": " ".join(f"{value:.4f}" for value in cell.values),
+        "run_ids": " ".join(cell.run_ids),
+    }
+
+
+def markdown(table: Table) -> str:
+    lines = [f"# {table.title}", "", f"{table.caption} {table.legend}", "", f"`{table.command}`", ""]
+    for panel in table.panels:
+        lines += [f"## {panel.title}", "", *panel_markdown(panel), ""]
+    lines += [f"- {note}" for note in table.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def panel_markdown(panel: Panel) -> list[str]:
+    """The lines of one panel; with the paper's numbers each column is two."""
+    sides = _sides(panel)
+    names = [f"{column} {side}" if len(sides) > 1 else column for column in panel.columns for side in sides]
+    lines = [f"|  | {' | '.join(names)} |", f"|:--|{'--:|' * len(names)}"]
+    for label, cells in _printed(panel):
+        words = [f"**{word}**" if low else word for word, low in cells]
+        lines.append(f"| {label.replace('|', chr(92) + '|')} | {' | '.join(words)} |")
+    return lines
+
+
+def _sides(panel: Panel) -> list[Literal["paper", "ours"]]:
+    return ["paper", "ours"] if panel.with_paper else ["ours"]
+
+
+def _printed(panel: Panel) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Rows of (text, is the lowest of its column), one per column and side."""
+    sides = _sides(panel)
+    minima = {side: lowest(panel, side) for side in sides}
+    rows = []
+    for label, cells in panel.rows:
+        row = []
+        for i, cell in enumerate(cells):
+            for side in sides:
+                if cell is None:
+                    row.append(("", False))
+                else:
+                    words = paper_text(cell) if side == "paper" else ours_text(cell)
+                    row.append((words, is_lowest(cell, side, minima[side][i])))
+        rows.append((label, row))
+    return rows
+
+
+_MATHS = {"−": "-", "±": r"\pm", "≈": r"\approx", "↓": r"\downarrow", "↑": r"\uparrow", "β": r"\beta", "γ": r"\gamma"}
+_MATHS |= {"≠": r"\neq", "×": r"\times", "√": r"\surd", "²": "^2"}
+_LATEX = {symbol: f"${command}$" for symbol, command in _MATHS.items()} | {c: f"\\{c}" for c in "&%$#_{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", '"': "''", "–": "--"}
+
+
+def escape(words: str) -> str:
+    """For LaTeX, in ASCII."""
+    return "".join(_LATEX.get(c, c) for c in words)
+
+
+def latex(table: Table) -> str:
+    r"""One table environment per panel, for \input in a document with booktabs and graphicx."""
+    lines = [f"% {escape(table.title)}", "% needs the packages booktabs and graphicx"]
+    for panel in table.panels:
+        sides = _sides(panel)
+        columns = len(panel.columns) * len(sides)
+        n = common_n(panel)
+        said = f" {plural(n, 'run')} in each cell." if n else ""
+        caption = f"{table.title}. {panel.title}.{said} {table.caption} {table.legend}"
+        lines += ["", r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}"]
+        lines.append(r"\resizebox{\ifdim\width>\linewidth \linewidth\else\width\fi}{!}{%")  # wide ones shrink
+        lines += [rf"\begin{{tabular}}{{l{'r' * columns}}}", r"\toprule"]
+        heads = [rf"\multicolumn{{{len(sides)}}}{{c}}{{{escape(column)}}}" for column in panel.columns]
+        lines.append(f" & {' & '.join(heads)} \\\\")
+        if len(sides) > 1:
+            lines.append("".join(rf"\cmidrule(lr){{{2 * i + 2}-{2 * i + 3}}}" for i in range(len(panel.columns))))
+            lines.append(f" & {' & '.join(sides * len(panel.columns))} \\\\")
+        lines.append(r"\midrule")
+        for label, cells in _printed(panel):
+            lines.append(f"{escape(label)} & {' & '.join(_latex_cell(word, low, n) for word, low in cells)} \\\\")
+        lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_cell(words: str, low: bool, n: int | None) -> str:
+    mean, _, interval = escape(words.replace(f" ({n})", "")).partition(" [")
+    if interval:
+        return rf"\shortstack[r]{{{mean}\\\scriptsize [{interval}}}"
+    return rf"\textbf{{{mean}}}" if low else mean
+
+
+def show(table: Table, file: IO[str] | None = None) -> None:
+    """Prints the headline panels: bold and ruled on a terminal, plain aligned text elsewhere."""
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=file, highlight=False, width=200)  # a file has no width of its own
+    console.print(table.title, style="bold")
+    for panel in table.panels:
+        if panel.apart and ("best" in _kinds(panel.cells()) or not any(cell.values for cell in panel.cells())):
+            continue
+        rows = [_row(label, cells, panel.with_paper) for label, cells in panel.rows]
+        widest = max(len(line) for _, cells in rows for cell in cells for line in cell)
+        fitting = (console.width - 2 - max(len(label) for label, _ in panel.rows)) // (
+            max(widest, *map(len, panel.columns)) + 2
+        )
+        for first in range(0, len(panel.columns), max(1, fitting)):  # what does not fit goes below
+            shown = slice(first, first + max(1, fitting))
+            grid = RichTable(title=f"\n{panel.title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+            grid.add_column("")
+            for column in panel.columns[shown]:
+                grid.add_column(column, justify="right", no_wrap=True)
+            for label, cells in rows:
+                grid.add_row(label, *("\n".join(cell) for cell in cells[shown]))
+            console.print(grid)
+    for note in (table.caption, table.legend.replace(f"{BOLD} ", ""), *table.notes):
+        console.print(note, style="dim", width=min(console.width, 100))
+
+
+def _row(label: str, cells: Sequence[Cell | None], with_paper: bool) -> tuple[str, list[list[str]]]:
+    lines = [_lines(cell, with_paper) for cell in cells]
+    heads = [label]
+    if with_paper:
+        heads += ["  ours", "  95 %" if "gain" in _kinds(cells) else "  difference"]
+    return "\n".join(heads[: max(map(len, lines))]), lines
+
+
+def _lines(cell: Cell | None, with_paper: bool) -> list[str]:
+    """A cell on the terminal, one number under the other to keep columns narrow: the paper, ours, how they differ."""
+    if cell is None:
+        return []
+    lines = [paper_text(cell)] if with_paper else []
+    if cell.mean is None or cell.kind == "count":
+        return [*lines, ours_text(cell)]
+    mean, n = text(cell.mean, cell.kind), f"({len(cell.values)})"
+    if cell.kind in ("gain", "difference"):
+        lines.append(f"{mean} {n}")
+        return [*lines, f"{signed(cell.interval[0])}…{signed(cell.interval[1])}"] if cell.interval else lines
+    spread = "" if cell.sd is None else f"±{cell.sd:.2f}"
+    if cell.difference is None:
+        return [*lines, f"{mean}{spread} {n}"]
+    return [*lines, f"{mean}{spread}", f"{signed(cell.difference)} {MARKS[cell.verdict]} {n}"]

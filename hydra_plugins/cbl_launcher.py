@@ -1,0 +1,113 @@
+"""Hydra's side of a run: the schema it composes over, and the launcher that trains a whole sweep in one call.
+
+Hydra finds launchers in this package and nowhere else. `resident` is the default for -m: it composes every job of the
+sweep first and trains all of them in this process, so that imports, data and compilation are paid once and a GPU can be
+shared.
+"""
+
+import copy
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from cbl import config, records
+from cbl.errors import UserError
+
+
+def to_run(composed: DictConfig) -> config.Run:
+    """The checked run of what Hydra composed; raises `UserError`."""
+    values = OmegaConf.to_container(composed, resolve=True)
+    return config.from_mapping({key: value for key, value in values.items() if key != "hydra"})
+
+
+def compose_jobs(
+    compose: Callable[[list[str]], DictConfig], jobs: Iterable[Sequence[str]]
+) -> Iterator[tuple[Sequence[str], config.Run | UserError]]:
+    """The run of each job's overrides, or what is wrong with it.
+
+    Hydra takes tenths of a second to compose, a sweep has hundreds of jobs: so each choice of group options is
+    composed once, and the plain values (`loss.beta=0.9`), which Hydra applies last in any case, are set on a copy.
+    """
+    parser, plain, composed = OverridesParser.create(), set(config.keys()), {}
+    for job in jobs:
+        parsed = parser.parse_overrides(list(job))
+        values = [o for o in parsed if o.key_or_group in plain and o.type == OverrideType.CHANGE]
+        choices = tuple(o.input_line for o in parsed if o not in values)
+        if choices not in composed:
+            composed[choices] = compose(list(choices))
+        run = copy.deepcopy(composed[choices])
+        for override in values:
+            OmegaConf.update(run, override.key_or_group, override.value())
+        try:
+            yield job, to_run(run)
+        except UserError as error:
+            yield job, error
+
+
+def exit_status(ended: Sequence[dict[str, Any]]) -> int:
+    """Of the command that trained: 1 when a run failed."""
+    return int(any(record["status"] == "failed" for record in ended))
+
+
+def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[str, Any]]:
+    """The records of `runs`, of those on large sets last: many side by side, then one at a time on all devices.
+
+    `deadline` as for `resident.train`.
+    """
+    from cbl.engine import resident, streaming  # torch is wanted only once the configuration stands
+
+    small = [run for run in runs if run.dataset.name not in config.LARGE]
+    ended = resident.train(small, deadline) if small else []
+    for run in runs:
+        if run not in small:
+            late = time.monotonic() >= deadline
+            ended.append(records.new_record(run) if late else streaming.train(run, deadline))
+            if ended[-1]["status"] == "failed" and "RANK" in os.environ:
+                break  # the other processes may be anywhere by now
+    return ended
+
+
+class ResidentLauncher(Launcher):
+    """`train` on all jobs of a sweep."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        def compose(overrides: list[str]) -> DictConfig:
+            return self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+
+        runs, refused = {}, 0
+        for overrides, run in compose_jobs(compose, job_overrides):
+            if isinstance(run, UserError):
+                print(f"{' '.join(overrides)}: {run}", file=sys.stderr)
+                refused += 1
+            else:
+                runs[config.run_id(run)] = run  # the same settings twice are one run
+        ended = train(list(runs.values()))
+        if refused or exit_status(ended):
+            raise SystemExit(1)
+        return [JobReturn(overrides=o, status=JobStatus.COMPLETED) for o in job_overrides]
+
+
+@dataclass
+class ResidentLauncherConf:
+    _target_: str = "hydra_plugins.cbl_launcher.ResidentLauncher"
+
+
+ConfigStore.instance().store("resident", node=ResidentLauncherConf, group="hydra/launcher", provider="cbl")
+# All keys with their defaults, so that a yaml only has to name what it sets.
+ConfigStore.instance().store("schema", node=dataclasses.asdict(config.Run()), provider="cbl")

@@ -1,0 +1,617 @@
+"""How fast training is here: images/s of one run and of many, beside a plain loop and the floor of the device.
+
+    python scripts/benchmark.py                    # in small on a CPU (three minutes), in full on a GPU
+    python scripts/benchmark.py resnet50           # of the three workloads one alone
+    python scripts/benchmark.py --full             # in full anywhere
+    python scripts/benchmark.py --gpu-report DIR   # on a machine with a GPU: parity tests, then all of it, into DIR
+
+Workloads:
+    loader    one core preparing photographs for the large sets, beside torchvision's reference pipeline
+    resnet50  the training step of the large sets, 224 pixels and 8,142 classes, beside that of torchvision's reference
+              recipe: bf16 with and without torch.compile on a GPU, fp32 with 2 images at a time on a CPU
+    cifar     the paper's network on images of CIFAR's shape
+
+An image counts when it has gone through augmentation, forward, loss, backward and update; those of the large sets are
+augmented by the loader. What is compared takes turns (A B C A B C ...), the first turn of each warms up and does not
+count, and the median of the others is reported. Images are made up. Writes <device>-<date>.json and, made of it, .md,
+.png and .svg; a workload alone has its name in theirs.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from command_line import one_line
+
+from cbl import ClassBalancedLoss, config, records
+from cbl.data import loader_speed
+from cbl.engine import contenders, roofline, synthetic
+from cbl.engine.contenders import Size, Unit, make_job, make_run
+from cbl.engine.job import choose_device, device_name
+from cbl.engine.step import capture
+from cbl.errors import UserError
+from cbl.report import bench_plot
+from cbl.report.bench_plot import BARE, CAPTURED, COMPILED, EAGER, LOADER, LOOP, OURS, REFERENCE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Bench:
+    """How much is measured, on what, and what was found."""
+
+    size: Size
+    dtypes: list[str]
+    turns: int  # that count, in the main comparison; elsewhere fewer
+    lanes: list[int]  # runs side by side
+    batches: list[int]
+    depths: list[int]
+    classes: list[int]
+    full: bool
+    ends: float  # of time.monotonic()
+    photos: int  # files that the loader reads
+    image_size: int = 224  # pixels, of the large sets
+    turn_seconds: float = 0.3  # at least; whole units
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def cuda(self) -> bool:
+        return self.size.device.type == "cuda"
+
+    def left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.size.device)
+
+
+# -- how it is measured ------------------------------------------------------------------------------------------------
+
+
+def race(bench: Bench, units: dict[str, Unit], turns: int, share: float) -> dict[str, list[float]]:
+    """Images/s of every turn that counts, by name; there are fewer than `turns` when `share` of the time left is up."""
+    repeats: dict[str, int] = {}
+    rates: dict[str, list[float]] = {name: [] for name in units}
+    ends = time.monotonic() + share * bench.left()
+    for turn in range(turns + 1):
+        if turn > 1 and time.monotonic() > ends:
+            break
+        for name, unit in units.items():
+            if turn == 0:
+                if bench.cuda:
+                    unit()  # may compile or choose kernels, and says nothing about how long a unit takes
+                _, taken = timed(bench, unit, 1)
+                repeats[name] = max(1, math.ceil(bench.turn_seconds / taken))
+            else:
+                images, taken = timed(bench, unit, repeats[name])
+                rates[name].append(images / taken)
+    return rates
+
+
+def timed(bench: Bench, unit: Unit, repeats: int) -> tuple[int, float]:
+    """Images and seconds of `repeats` units, with nothing queued before or after."""
+    bench.synchronize()
+    began = time.perf_counter()
+    images = sum(unit() for _ in range(repeats))
+    bench.synchronize()
+    return images, time.perf_counter() - began
+
+
+def note(bench: Bench, section: str, name: str, rates: list[float], **facts: Any) -> None:
+    """A row of the report: images/s of all runs together, and milliseconds in which each of them takes one step."""
+    row = {"section": section, "name": name, "dtype": bench.dtypes[0], "runs": 1, "depth": bench.size.depth}
+    row |= {"batch_size": bench.size.batch_size, "classes": 10} | facts
+    row["images_per_second"] = statistics.median(rates)
+    row["milliseconds"] = 1000 * row["batch_size"] * row["runs"] / row["images_per_second"]
+    row["turns"] = rates
+    bench.rows.append(row)
+    reached = bench_plot.speed(row["images_per_second"])
+    print(f"  {section}: {name}, {row['dtype']}: {reached} images/s", file=sys.stderr, flush=True)
+
+
+class Footprint:
+    """MiB of GPU memory held on to since it was made; None on the CPU, where there is no such count."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        if bench.cuda:
+            bench.synchronize()
+            torch.cuda.empty_cache()
+            self.before = torch.cuda.memory_reserved(bench.size.device)
+
+    def mib(self) -> float | None:
+        self.bench.synchronize()
+        return (torch.cuda.memory_reserved(self.bench.size.device) - self.before) / 2**20 if self.bench.cuda else None
+
+
+# -- the sections of the report ----------------------------------------------------------------------------------------
+
+
+def one_run(bench: Bench, dtype: str, folder: Path) -> None:
+    """One run at a time, and what our loop and step cost over the bare loop, turn against turn."""
+    makers: dict[str, Callable[[Size, str], Unit]] = {
+        BARE: contenders.bare,
+        LOOP: functools.partial(contenders.loop, folder=folder),
+        EAGER: contenders.eager,
+        LOADER: contenders.loader,
+        "step, NCHW": contenders.nchw,
+    }
+    if bench.cuda:
+        makers |= {CAPTURED: contenders.replayed, "step, cuDNN search": contenders.searched}
+    if bench.full:
+        makers["step, torch.compile"] = contenders.compiled
+    units, memory = {}, {}
+    for name, make in makers.items():
+        footprint = Footprint(bench)
+        units[name] = make(bench.size, dtype)
+        units[name]()
+        memory[name] = footprint.mib()
+    rates = race(bench, units, bench.turns, share=0.5)
+    for name in makers:
+        note(bench, "one run", name, rates[name], dtype=dtype, mebibytes=memory[name])
+    for name in (LOOP, EAGER):
+        percent = [100 * (reached / ours - 1) for reached, ours in zip(rates[BARE], rates[name], strict=True)]
+        bench.rows.append({"section": "overhead", "name": name, "dtype": dtype, "percent": percent})
+
+
+def one_step(bench: Bench, dtype: str) -> None:
+    """A further dtype on the CPU: processors without bfloat16 arithmetic are ten times slower in it."""
+    unit = contenders.eager(dataclasses.replace(bench.size, steps=1), dtype)
+    note(bench, "one run", EAGER, race(bench, {"": unit}, 1, share=0.1)[""], dtype=dtype, mebibytes=None)
+
+
+def floors(bench: Bench) -> None:
+    """Operations and bytes of our step, counted while it runs, and the time they need at this device's rates."""
+    size = dataclasses.replace(bench.size, steps=1)
+    for dtype in bench.dtypes:
+        run = make_run(size, dtype, engine__capture=False)
+        job = make_job(size, run)
+        job.step.load(next(job.stream.epochs(run.recipe))[1], np.zeros(1))
+        operations = roofline.count(job.step)
+        rates = roofline.measure_rates(size.device, dtype)
+        row = {"section": "floor", "name": "step", "dtype": dtype, "batch_size": size.batch_size, "depth": size.depth}
+        row |= dataclasses.asdict(rates) | {"operations": len(operations)}
+        row["gigaflop"] = sum(o.flops for o in operations) / 1e9
+        for name, fused in (("fused", True), ("alone", False)):
+            row[f"gigabytes_{name}"] = sum(o.fused_bytes if fused else o.bytes for o in operations) / 1e9
+            row[f"milliseconds_{name}"] = 1000 * roofline.seconds(operations, rates, fused)
+        if bench.cuda:
+            row["launch_microseconds"] = 1e6 * launch_seconds(size.device)
+        bench.rows.append(row)
+
+
+def launch_seconds(device: torch.device, launches: int = 1000) -> float:
+    """Seconds between two kernels of a graph that do next to nothing."""
+    one = torch.zeros(1, device=device)
+    return roofline.best_seconds(capture(lambda: [one.add_(1) for _ in range(launches)], []), device) / launches
+
+
+def side_by_side(bench: Bench, dtype: str, folder: Path) -> None:
+    """K runs on one GPU: in one process with a stream and a graph each, and stacked in one network."""
+    footprint = Footprint(bench)
+    run = make_run(bench.size, dtype, engine__eval_every=2)
+    lanes: list[tuple[torch.cuda.Stream, Unit, Unit]] = []
+    memory = {}
+    for k in bench.lanes:
+        while len(lanes) < k:
+            stream = torch.cuda.Stream(bench.size.device)
+            with torch.cuda.stream(stream):
+                job = make_job(bench.size, run)
+            whole = contenders.epochs(run, job, folder / str(len(lanes)))
+            lanes.append((stream, contenders.steps(bench.size, run, job), whole))
+        memory[k] = footprint.mib()
+    for place, name in ((1, "streams"), (2, "streams, whole runs with evaluation")):
+        units = {str(k): functools.partial(together, [(lane[0], lane[place]) for lane in lanes[:k]]) for k in memory}
+        for k, rates in race(bench, units, 3, share=0.2).items():
+            note(bench, "side by side", name, rates, dtype=dtype, runs=int(k), mebibytes=memory[int(k)])
+    del lanes, units
+    for k in [k for k in bench.lanes if 1 < k <= 8]:
+        footprint = Footprint(bench)
+        rates = race(bench, {"": contenders.stacked(bench.size, dtype, k)}, 3, share=0.1)[""]
+        note(bench, "side by side", "stacked", rates, dtype=dtype, runs=k, mebibytes=footprint.mib())
+
+
+def together(lanes: list[tuple[torch.cuda.Stream, Unit]]) -> int:
+    """A unit of every lane, queued one after another as `resident.train` does."""
+    images = 0
+    for stream, unit in lanes:
+        with torch.cuda.stream(stream):
+            images += unit()
+    return images
+
+
+def processes(bench: Bench) -> None:
+    """K runs in K processes: on the CPU each with its share of the threads, on a GPU through MPS where that runs."""
+    control = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control"
+    way = ("processes, MPS" if control.exists() else "processes, no MPS") if bench.cuda else "processes"
+    threads = torch.get_num_threads()
+    for k in bench.lanes:
+        if not bench.cuda and k > threads:
+            continue
+        task = dataclasses.asdict(bench.size) | {"device": str(bench.size.device), "dtype": bench.dtypes[0]}
+        task |= {"threads": max(1, threads // k), "seconds": 10 if bench.full else 5}
+        found = share_out(task, k)
+        if not all(found):
+            bench.left_out.append(f"{k} processes side by side: one of them failed, see above")
+            return
+        memory = sum(one["mebibytes"] for one in found)
+        note(bench, "side by side", way, [sum(one["images_per_second"] for one in found)], runs=k, mebibytes=memory)
+
+
+def share_out(task: dict[str, Any], k: int) -> list[dict[str, float]]:
+    """What `k` processes found that did `task` at the same time; an empty one where a process failed."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for _ in range(k):
+            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        ready = [process.stdout.readline() for process in started]
+        if any(line != "ready\n" for line in ready):
+            return [{}]
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [json.loads(process.stdout.readline() or "{}") for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def work(task: dict[str, Any]) -> None:
+    """One of several processes: makes its job ready, says so, waits for the word, trains, prints what it reached."""
+    torch.set_num_threads(task.pop("threads"))
+    lasts, dtype = task.pop("seconds"), task.pop("dtype")
+    size = Size(**task | {"device": torch.device(task["device"])})
+    run = make_run(size, dtype)
+    job = make_job(size, run)
+    unit = contenders.steps(size, run, job)
+    unit()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    images, began = 0, time.perf_counter()
+    while (taken := time.perf_counter() - began) < lasts:
+        images += unit()
+        job.step.epoch_losses()  # waits for the device
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if size.device.type == "cuda":
+        memory = torch.cuda.max_memory_reserved(size.device) / 2**20
+    print(json.dumps({"images_per_second": images / taken, "mebibytes": memory}), flush=True)
+    sys.stdin.readline()  # until the parent ends it
+
+
+def growth(bench: Bench, section: str, field: str, values: list[int]) -> None:
+    """Our step against a `field` of the size, about as many images a unit."""
+    for dtype in bench.dtypes if bench.cuda else bench.dtypes[:1]:
+        sizes, units = {}, {}
+        for value in values:
+            size = dataclasses.replace(bench.size, **{field: value})
+            size = dataclasses.replace(size, steps=max(1, round(bench.size.images / size.batch_size)))
+            sizes[str(value)], units[str(value)] = size, contenders.replayed(size, dtype)
+        for name, rates in race(bench, units, 3, share=0.25).items():
+            size = sizes[name]
+            note(bench, section, "step", rates, dtype=dtype, depth=size.depth, batch_size=size.batch_size)
+
+
+def classes(bench: Bench) -> None:
+    """What the loss costs as classes grow: its forward and backward alone, and in a whole step."""
+    for number in bench.classes:
+        counts = np.maximum(1, 1000 // np.arange(1, number + 1))
+        alone, whole = {}, {}
+        for kind in ("softmax", "sigmoid", "focal"):
+            loss = ClassBalancedLoss(counts, kind, beta=0.999)
+            alone[kind] = contenders.loss_alone(bench.size, loss, number)
+            if kind != "focal":
+                run = make_run(bench.size, bench.dtypes[0], loss__kind=kind, loss__beta=0.999)
+                whole[kind] = contenders.steps(bench.size, run, make_job(bench.size, run, number))
+        for kind, rates in race(bench, alone, 5, share=0.1).items():
+            note(bench, "loss alone", kind, rates, classes=number)
+        for kind, rates in race(bench, whole, 2, share=0.2).items():
+            note(bench, "classes", kind, rates, classes=number)
+
+
+def evaluation(bench: Bench) -> None:
+    """Test images/s."""
+    for dtype in bench.dtypes if bench.cuda else bench.dtypes[:1]:
+        run = make_run(bench.size, dtype)
+        predict = make_job(bench.size, run).predict
+        rates = race(bench, {"": lambda predict=predict: len(predict())}, 3, share=0.1)[""]
+        note(bench, "evaluation", "test set", rates, dtype=dtype, batch_size=run.engine.eval_batch)
+
+
+def first_step(bench: Bench) -> None:
+    """Seconds from a run's start to the end of its first step, when others have run in the process."""
+    taken = []
+    for seed in range(3):
+        began = time.perf_counter()
+        run = dataclasses.replace(make_run(bench.size, bench.dtypes[0]), seed=seed)
+        job = make_job(bench.size, run)
+        _, plan = next(job.stream.epochs(run.recipe))
+        job.step.load(plan, np.zeros(len(plan)))
+        job.advance()
+        job.step.epoch_losses()  # waits for the device
+        taken.append(time.perf_counter() - began)
+    row = {"section": "first step", "name": "start of a run to its first step", "dtype": bench.dtypes[0]}
+    bench.rows.append(row | {"seconds": statistics.median(taken), "turns": taken})
+
+
+def cifar(bench: Bench) -> None:
+    """The paper's network on images of CIFAR's shape; the sections that matter most come first."""
+    first, *others = bench.dtypes
+    part = functools.partial
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sections: list[tuple[str, Callable[[], None]]] = [
+            (f"one run in {first}", part(one_run, bench, first, folder / first)),
+            ("floor", part(floors, bench)),
+            ("evaluation", part(evaluation, bench)),
+            ("first step", part(first_step, bench)),
+        ]
+        if bench.cuda:
+            sections += [(f"one run in {dtype}", part(one_run, bench, dtype, folder / dtype)) for dtype in others]
+            for dtype in bench.dtypes:
+                sections += [(f"side by side in {dtype}", part(side_by_side, bench, dtype, folder / f"{dtype}-lanes"))]
+        sections += [
+            ("depth", part(growth, bench, "depth", "depth", bench.depths)),
+            ("batch size", part(growth, bench, "batch size", "batch_size", bench.batches)),
+            ("classes", part(classes, bench)),
+            ("processes side by side", part(processes, bench)),
+        ]
+        if not bench.cuda:
+            sections += [(f"one run in {dtype}", part(one_step, bench, dtype)) for dtype in others]
+        for title, section in sections:
+            if bench.left() < 0:  # named in the report
+                bench.left_out.append(f"{title}: the budget was used up")
+            else:
+                section()
+
+
+def loader(bench: Bench) -> None:
+    """Images/s of one core, ours and torchvision's, on the same files."""
+    with tempfile.TemporaryDirectory() as name:
+        names = loader_speed.photos(Path(name), bench.photos)
+        found = loader_speed.compare(Path(name), names, bench.image_size, bench.turns)
+    row = {"section": "loader", "name": "one core", "images": bench.photos, "image_size": bench.image_size}
+    bench.rows.append(row | {"turns": bench.turns} | found)
+    print(f"  loader: {found['ours']:,.0f} images/s of one core", file=sys.stderr, flush=True)
+
+
+def resnet50(bench: Bench) -> None:
+    """The step of the large sets and torchvision's, turn against turn; what an image takes; the share of the loss."""
+    search = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = bench.cuda  # both recipes do
+    try:
+        _resnet50(bench)
+    finally:
+        torch.backends.cudnn.benchmark = search
+
+
+def _resnet50(bench: Bench) -> None:
+    device = bench.size.device
+    units: dict[str, Unit] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for form in ("", COMPILED) if bench.cuda else ("",):
+        run = contenders.make_large_run(device, bench.image_size, bool(form))
+        job = synthetic.make_job(run, device)
+        counts, at_once = job.train.counts.tolist(), job.micro_batch
+        makers: dict[tuple[str, int], Callable[[], Unit]] = {
+            (OURS, at_once): functools.partial(contenders.large, run, job)
+        }
+        # its recipe does not accumulate gradients: it may have the batch that suits it better
+        for images in (at_once, 2 * at_once) if bench.cuda else (at_once,):
+            makers[REFERENCE, images] = functools.partial(
+                contenders.torchvision_recipe, run, device, images, len(counts)
+            )
+        for (name, images), make in makers.items():
+            key = f"{name}{form}, {images} at a time"
+            try:
+                unit = make()
+                memory = image_mebibytes(bench, unit, images)
+            except torch.OutOfMemoryError:
+                bench.left_out.append(f"{key}: more than the device's memory holds")
+                continue
+            units[key] = unit
+            whole = job.batch_size if bench.cuda and name == OURS else images  # images of an update
+            facts[key] = {"name": name + form, "dtype": run.engine.dtype, "at_once": images, "batch_size": whole}
+            facts[key] |= {"mebibytes_per_image": memory, "image_size": bench.image_size}
+            facts[key] |= {"depth": run.model.depth, "classes": len(counts)}
+    longer = dataclasses.replace(bench, turn_seconds=10 * bench.turn_seconds if bench.cuda else bench.turn_seconds)
+    rates = race(longer, units, bench.turns, share=0.3)
+    for key, about in facts.items():
+        note(bench, "resnet50", rates=rates[key], **about)
+
+    for form in ("", COMPILED):
+        ours = [key for key in units if facts[key]["name"] == OURS + form]
+        theirs = [key for key in units if facts[key]["name"] == REFERENCE + form]
+        if ours and theirs:
+            best = max(theirs, key=lambda key: statistics.median(rates[key]))
+            row = {"section": "resnet50 ratio", "name": OURS + form, "against": best}
+            bench.rows.append(row | {"ratio": [a / b for a, b in zip(rates[ours[0]], rates[best], strict=True)]})
+
+    fastest = max(statistics.median(rates[key]) for key in units if facts[key]["name"].startswith(OURS))
+    size = dataclasses.replace(bench.size, batch_size=at_once)
+    for kind in ("softmax", "sigmoid", "focal"):
+        loss = ClassBalancedLoss(counts, kind, beta=0.999)
+        found = race(bench, {kind: contenders.loss_alone(size, loss, len(counts))}, 5, share=0.1)[kind]
+        note(bench, "resnet50 loss", kind, found, dtype="fp32", batch_size=at_once, depth=50, classes=len(counts))
+        bench.rows[-1]["percent"] = 100 * fastest / statistics.median(found)  # of the time of an image
+
+
+def image_mebibytes(bench: Bench, unit: Unit, images: int) -> float | None:
+    """MiB of GPU memory that a unit takes while it runs, over the `images` that are in it at a time."""
+    if not bench.cuda:
+        return None
+    unit()  # may compile or choose kernels
+    bench.synchronize()
+    torch.cuda.reset_peak_memory_stats(bench.size.device)
+    before = torch.cuda.memory_allocated(bench.size.device)
+    unit()
+    bench.synchronize()
+    return (torch.cuda.max_memory_allocated(bench.size.device) - before) / images / 2**20
+
+
+# by name on the command line: what fills the rows of a Bench; the last takes what is left of the budget
+WORKLOADS: dict[str, Callable[[Bench], None]] = {"loader": loader, "resnet50": resnet50, "cifar": cifar}
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    about = {"device": device_name(device), "kind": device.type, "threads": torch.get_num_threads()}
+    about |= records.environment() | {"cpu_count": os.cpu_count(), "platform": platform.platform()}
+    about["load_average"] = round(os.getloadavg()[0], 2)  # before: above 0, others were at work
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS")
+    about["variables"] = {name: os.environ[name] for name in names if name in os.environ}
+    if device.type == "cuda":
+        about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        fields = "name,memory.total,power.limit,driver_version,clocks.max.sm,clocks.max.memory,compute_mode"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+            about["nvidia_smi"] = dict(zip(fields.split(","), answer.strip().split(", "), strict=True))
+        except (OSError, subprocess.SubprocessError, ValueError):
+            about["nvidia_smi"] = None  # not every machine lets its users ask
+    return about
+
+
+def write(report: dict[str, Any], folder: Path) -> list[Path]:
+    """<device>-<date>.json, and made of it .md, .png and .svg; of one workload alone <device>-<workload>-<date>."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", report["environment"]["device"].lower()).strip("-")
+    alone = [] if report["workload"] == "all" else [report["workload"]]
+    stem = folder / "-".join([slug, *alone, report["date"]])
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md")]
+    files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    files[1].write_text(bench_plot.markdown(report, measured_on_gpu(folder)), encoding="utf-8")
+    return [*files, *bench_plot.save(report, stem)]
+
+
+def measured_on_gpu(folder: Path) -> bool:
+    """Whether one of the reports in `folder` is a GPU's."""
+    return any(
+        json.loads(p.read_text(encoding="utf-8"))["environment"]["kind"] == "cuda" for p in folder.glob("*.json")
+    )
+
+
+def parity(folder: Path) -> bool:
+    """Runs the tests that need a GPU; what they say goes to parity.txt and to the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rA"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (folder / "parity.txt").write_text(done.stdout, encoding="utf-8")
+    print(done.stdout)
+    return done.returncode == 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", nargs="?", choices=["all", *WORKLOADS], default="all", help="default all")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="in small; what a CPU does unless told otherwise")
+    size.add_argument("--full", action="store_true", help="everything; what a GPU does unless told otherwise")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="about so long; default 180, in full 3600")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "results" / "bench")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("--dtypes", metavar="A,B", help="cifar: of fp32,tf32,bf16; default those of the device")
+    parser.add_argument("--lanes", metavar="A,B", help="cifar: runs side by side; default 1,2,4,8,16,32")
+    parser.add_argument("--depth", type=int, metavar="N", help="cifar: of the ResNet; default 32")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="cifar: default 128")
+    parser.add_argument("--gpu-report", type=Path, metavar="DIR", help="parity tests, then --full, all of it into DIR")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def make_bench(given: argparse.Namespace, device: torch.device) -> Bench:
+    """How much to measure; raises `UserError` for an option that makes no sense."""
+    cuda = device.type == "cuda"
+    full = given.full or (cuda and not given.quick)
+    dtypes = given.dtypes.split(",") if given.dtypes else ["fp32", "tf32", "bf16"] if cuda else ["fp32", "bf16"]
+    if wrong := [name for name in dtypes if name not in ("fp32", "tf32", "bf16")]:
+        raise UserError(f"--dtypes has '{wrong[0]}': write some of fp32,tf32,bf16.")
+    try:
+        lanes = sorted({int(part) for part in (given.lanes or "1,2,4,8,16,32").split(",")})
+    except ValueError:
+        raise UserError(
+            f"--lanes is '{given.lanes}': write whole numbers with commas between, such as 1,2,4."
+        ) from None
+    size = Size(device) if cuda else Size(device, steps=2, n_test=1000)
+    asked = {"depth": given.depth, "batch_size": given.batch_size}
+    size = dataclasses.replace(size, **{name: value for name, value in asked.items() if value is not None})
+    make_run(size, dtypes[0])  # checks them
+    return Bench(
+        size=size,
+        dtypes=dtypes,
+        turns=9 if full else 5,
+        lanes=[k for k in lanes if k >= 1],
+        batches=[32, 64, 128, 256, 512, 1024] if full else [32, 128, 256],
+        depths=[8, 20, 32, 56],
+        classes=[10, 100, 1000, 8142] if full else [10, 8142],
+        full=full,
+        photos=32 if full else 8,
+        ends=time.monotonic() + (given.budget or (3600.0 if full else 180.0)),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    if given.worker:
+        work(given.worker)
+        return 0
+    device = choose_device(dataclasses.replace(config.Engine(), device=given.device, threads=given.threads))
+    agree = None
+    if given.gpu_report:
+        if device.type != "cuda":
+            raise UserError(f"--gpu-report needs a GPU, and torch {torch.__version__} sees none here.")
+        given.full, given.out = True, given.gpu_report
+    bench = make_bench(given, device)
+    if given.gpu_report:
+        agree = parity(given.out)
+    report: dict[str, Any] = {"workload": given.workload, "date": datetime.date.today().isoformat()}
+    report["command"] = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
+    report |= {"full": bench.full, "parity_tests_passed": agree, "environment": environment(device)}
+    began = time.monotonic()
+    failed = False
+    for name in WORKLOADS if given.workload == "all" else [given.workload]:
+        try:
+            WORKLOADS[name](bench)
+        except Exception as error:
+            if not bench.rows:
+                raise
+            traceback.print_exc()  # what has been measured, for an hour perhaps, is not lost
+            bench.left_out.append(f"{name}, it failed: {type(error).__name__}")
+            failed = True
+    report |= {"seconds": round(time.monotonic() - began), "left_out": bench.left_out}
+    report["process_mebibytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    report["rows"] = bench.rows
+    files = write(report, given.out)
+    bench_plot.show(report, measured_on_gpu(given.out))
+    print("Written: " + ", ".join(str(file) for file in files))
+    return 1 if failed or agree is False else 0
+
+
+if __name__ == "__main__":
+    with one_line():
+        sys.exit(main())

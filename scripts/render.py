@@ -1,0 +1,63 @@
+"""Render tables from recorded runs, without training: Markdown, CSV, LaTeX, one HTML page, and the README's results.
+
+python scripts/render.py                                  # published: results/tables, results/index.html, README.md
+python scripts/render.py --runs outputs/runs --tables 2   # local runs: outputs/tables
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cbl import records, store
+from cbl.errors import UserError
+from cbl.report import page, readme, tables
+
+
+def main() -> None:
+    asked = arguments()
+    if not asked.runs and not asked.results.is_dir():
+        raise UserError(f"{asked.results} is no folder: give the one that holds runs.csv, or run folders with --runs.")
+    found = store.read_folders(asked.runs) if asked.runs else store.load(asked.results)
+    for warning in found.warnings:
+        print(f"Warning: {warning}", file=sys.stderr)
+    counts = dict(images_per_class(pair) for pair in asked.counts)
+    built = {name: tables.build(name, found.runs, counts) for name in tables.NAMES}
+
+    published = not asked.runs and not asked.out
+    folder = asked.results / "tables" if published else asked.out or Path("outputs/tables")
+    written = [path for name in asked.tables for path in tables.write(built[name], folder)]
+    written.append((asked.results if published else folder) / "index.html")
+    records.write_text(written[-1], page.page(built, found.runs, asked.results / "figures"))
+    if published and asked.readme.exists():
+        old = asked.readme.read_text(encoding="utf-8")
+        records.write_text(asked.readme, readme.replace_block(old, readme.block(found.runs)))
+        written.append(asked.readme)
+    print("\n".join(map(str, written)))
+
+
+def images_per_class(pair: str) -> tuple[str, list[int]]:
+    """`inaturalist2018=counts.txt`, the file with one number a line, as the official code reads them."""
+    name, _, path = pair.partition("=")
+    try:
+        return name, [int(line) for line in Path(path).read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--counts {pair} cannot be read ({error}): write NAME=FILE, one number a line.") from None
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=tables.NAMES, default=tables.NAMES, help="default: all")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="the published runs (default: results)")
+    parser.add_argument("--runs", nargs="+", metavar="FOLDER", help="run folders to render instead of published runs")
+    parser.add_argument("--out", type=Path, help="where to write (default: results/tables, for --runs outputs/tables)")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="whose results block is renewed")
+    parser.add_argument("--counts", nargs="+", default=[], metavar="NAME=FILE", help="images per class, for Table 1")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,146 @@
+"""Train what a table still lacks, then render it, paper and ours side by side.
+
+python scripts/reproduce_table.py                                  # the embedded table, minutes on a CPU
+python scripts/reproduce_table.py --table 2 --seeds 0,1,2 --dry    # what would be trained, and how long it takes here
+python scripts/reproduce_table.py --table 2 --budget 3600          # stop cleanly within the hour; again to go on
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from command_line import one_line
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from cbl import config, records, store
+from cbl.errors import UserError
+from hydra_plugins.cbl_launcher import compose_jobs, exit_status, train
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = sorted(path.stem for path in (ROOT / "configs/table").glob("*.yaml"))
+
+
+def plan(table: str, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[config.Run]:
+    """The distinct runs of configs/table/<table>.yaml, seed by seed, so that an early end leaves whole seeds."""
+    described = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/table/{table}.yaml"))
+    runs: dict[str, config.Run] = {}
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        jobs: list[list[str]] = []
+        for sweep in described["sweeps"]:
+            for detail in [[], *([d] for d in described.get("details", []))]:
+                jobs += _expand([*sweep, *detail, *extra])
+        for seed in seeds:
+            for job, run in compose_jobs(lambda o: compose("train", o), [[*job, f"seed={seed}"] for job in jobs]):
+                if isinstance(run, UserError):
+                    raise UserError(f"{' '.join(job)}: {run}")
+                runs.setdefault(config.run_id(run), run)
+    return list(runs.values())
+
+
+def _expand(overrides: list[str]) -> list[list[str]]:
+    """As -m would: the product of all comma lists, those of a named sweep included."""
+    named = [o for o in overrides if o.startswith("sweep=")]
+    parameters = compose("train", named, return_hydra_config=True).hydra.sweeper.params or {}
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in parameters.items()), *overrides])
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def say_plan(runs: Sequence[config.Run], done: set[str]) -> None:
+    begun = failed = 0
+    for run in runs:
+        name = config.run_id(run)
+        folder = records.folder_of(run)
+        state = "done" if name in done else "to do"
+        if state != "done" and (folder / "result.json").exists():
+            state = "failed" if records.read_record(folder)["status"] == "failed" else "half done"
+            begun, failed = begun + (state == "half done"), failed + (state == "failed")
+    print(
+        f"{len(runs)} runs: {len(done)} done, {begun} half done, {failed} failed before, "
+        f"{len(runs) - len(done) - begun - failed} not begun."
+    )
+
+
+def main() -> int:
+    asked = arguments()
+    runs = plan(asked.table, asked.seeds, [f"engine.device={asked.device}", f"output_dir={asked.runs}", *asked.set])
+    published = store.load(asked.results) if asked.reuse else None
+    known = set() if published is None else set(published.runs.query("status == 'done'").run_id)
+    done = {
+        config.run_id(run) for run in runs if config.run_id(run) in known or records.is_done(records.folder_of(run))
+    }
+    say_plan(runs, done)
+    missing = [run for run in runs if config.run_id(run) not in done]
+
+    from cbl.engine import estimate  # torch only now: a wrong argument is refused at once
+
+    if asked.dry or asked.budget or len(missing) > 1:
+        each = estimate.seconds(missing)
+        if asked.dry:
+            for run, taken in zip(missing, each, strict=True):
+                print(f"  {_spoken(taken):>14}  {config.run_id(run)}")
+        print(f"About {_spoken(sum(each))} of training on this machine, from a short measurement.", flush=True)
+    if asked.dry:
+        return 0
+    deadline = time.monotonic() + asked.budget if asked.budget else float("inf")
+    ended = train(missing, deadline) if missing else []
+    if left := sum(record["status"] == "running" for record in ended):
+        print(f"{left} of {len(runs)} runs are left: the same command goes on with them.")
+    render(asked, published)
+    return exit_status(ended)
+
+
+def render(asked: argparse.Namespace, published: store.Store | None) -> None:
+    """The table from the run folders, and from published runs where these count; shown, and written under --out."""
+    from cbl.report import page, tables
+
+    held = store.read_folders([asked.runs] if Path(asked.runs).is_dir() else [])
+    for warning in held.warnings:
+        print(warning, file=sys.stderr)
+    if published is not None:
+        held = store.merge(published, held)
+    table = tables.build(asked.table, held.runs)
+    tables.show(table)
+    written = tables.write(table, asked.out / "tables")
+    html = asked.out / f"{written[0].stem}.html"
+    records.write_text(html, page.page({asked.table: table}, held.runs))
+    print("Written:", *written, html)
+
+
+def _spoken(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:,.1f} hours"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=TABLES, default="digits", help="which table (default: digits)")
+    parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="comma list (default: 0,1,2)")
+    parser.add_argument("--dry", action="store_true", help="list the runs and the hours, train nothing")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="end cleanly by then, everything done kept")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--reuse", action="store_true", help="take published rows of results/runs.csv as done")
+    parser.add_argument("--runs", default="outputs/runs", help="where the run folders are (default: outputs/runs)")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="where the table goes (default: outputs)")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="the published runs, for --reuse")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides for every run")
+    return parser.parse_args()
+
+
+def seed_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no comma list of whole numbers such as 0,1,2") from None
+
+
+if __name__ == "__main__":
+    with one_line():
+        sys.exit(main())

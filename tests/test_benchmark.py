@@ -1,0 +1,469 @@
+"""The roofline's counts against counts by hand, the loops that are compared, and scripts/benchmark.py in very small."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cbl import config, records
+from cbl.engine import contenders, roofline
+from cbl.engine.contenders import Size
+from cbl.engine.micro_batches import CHECK_STEPS
+from cbl.errors import UserError
+from cbl.models import resnet_cifar
+from cbl.report import bench_plot
+from cbl.report.bench_plot import BARE, COMPILED, EAGER, LOOP, OURS, REFERENCE
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TINY = Size(CPU, depth=8, batch_size=4, steps=2, n_test=12)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "scripts"))  # as when it is called
+    try:
+        sys.modules[spec.name] = module  # its dataclasses look themselves up there
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    return module
+
+
+# -- the roofline ------------------------------------------------------------------------------------------------------
+
+
+X = torch.randn(4, 6, 8, 8)  # 6,144 bytes
+W = torch.randn(12, 6, 3, 3)  # 2,592 bytes
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),  # flops, bytes, fused bytes
+    [
+        (lambda: torch.relu(X), (0, 12288, 0)),
+        (lambda: X + X.flip(0), (0, 12288 + 18432, 12288 + 6144)),  # flip is a copy; the sum reads one input more
+        (lambda: torch.empty_like(X).add_(1), (0, 12288, 0)),  # in place: read and written
+        (lambda: X.to(torch.bfloat16), (0, 6144 + 3072, 0)),
+        (lambda: F.conv2d(X, W, padding=1), (2 * 4 * 12 * 64 * 54, 6144 + 2592 + 12288, 6144 + 2592 + 12288)),
+        (lambda: X.view(4, -1).t()[2:].unbind(0), (0, 0, 0)),
+        (lambda: X[:1].expand(4, -1, -1, -1) * 2.0, (0, 6144 // 4 + 6144, 0)),
+        (lambda: X.index_select(0, torch.tensor([3])), (0, 8 + 1536 + 1536, 8 + 1536 + 1536)),  # reads what it returns
+        (lambda: torch.empty(10).zero_(), (0, 40, 40)),
+        (lambda: torch.empty_like(X).copy_(X), (0, 12288, 12288)),
+    ],
+)
+def test_one_operation_is_counted_as_by_hand(function: Callable[[], Any], expected: tuple[int, int, int]) -> None:
+    operations = roofline.count(function)
+    assert tuple(sum(getattr(o, name) for o in operations) for name in ("flops", "bytes", "fused_bytes")) == expected
+
+
+def products(module: nn.Module, x: torch.Tensor) -> int:
+    """Multiplications with addition of the convolutions and dense layers of one forward pass."""
+    total = 0
+
+    def hook(layer: nn.Module, _: Any, out: torch.Tensor) -> None:
+        nonlocal total
+        each = layer.weight[0].numel()  # per number that comes out
+        total += out.numel() * each
+
+    handles = [m.register_forward_hook(hook) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    module(x)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def test_products_of_a_step() -> None:
+    """Forward once, backward twice (for the input and for the weight) but for the first layer's input."""
+    model, x, y = resnet_cifar(8, num_classes=7), torch.randn(2, 3, 32, 32), torch.tensor([3, 5])
+    forward = products(model, x)
+    first = 2 * 16 * 32 * 32 * 27
+    operations = roofline.count(lambda: F.cross_entropy(model(x), y).backward())
+    assert sum(o.flops for o in operations) == 2 * (3 * forward - first)
+
+
+def test_resnet32_needs_what_is_published() -> None:
+    """69 million multiplications with addition an image; on meta tensors, nothing is computed."""
+    with torch.device("meta"):
+        x = torch.empty(128, 3, 32, 32)
+    model = resnet_cifar(32).to("meta")
+    with torch.no_grad():
+        operations = roofline.count(lambda: model(x))
+    assert sum(o.flops for o in operations) / 2 / 128 == pytest.approx(69e6, rel=0.01)
+
+
+def test_the_whole_step_is_counted() -> None:
+    """The update reads weight, gradient and momentum and writes them back; bfloat16 halves what the layers move."""
+    totals = {}
+    for dtype in ("fp32", "bf16"):
+        run = contenders.make_run(TINY, dtype)
+        job = contenders.make_job(TINY, run)
+        job.step.load(next(job.stream.epochs(run.recipe))[1], np.zeros(2))
+        operations = roofline.count(job.step)
+        parameters = sum(p.numel() for p in job.model.parameters())
+        (update,) = [o for o in operations if o.name == "_fused_sgd_"]
+        assert update.bytes == 4 * (6 * parameters + 1)  # and the learning rate
+        names = {o.name for o in operations}
+        assert {"index_select", "convolution_backward", "native_batch_norm_backward", "index_copy_"} <= names
+        totals[dtype] = sum(o.bytes for o in operations if "batch_norm" in o.name)
+    assert totals["bf16"] == pytest.approx(totals["fp32"] / 2, rel=0.02)
+
+
+def test_seconds_take_the_tighter_bound_of_every_operation() -> None:
+    rates = roofline.Rates(bytes_per_second=10.0, flops_per_second=100.0)
+    operations = [roofline.Operation("a", 1000, 10, 10), roofline.Operation("b", 0, 50, 20)]
+    assert roofline.seconds(operations, rates, fused=False) == 10 + 5
+    assert roofline.seconds(operations, rates, fused=True) == 10 + 2
+
+
+def test_rates_are_of_this_device() -> None:
+    rates = roofline.measure_rates(CPU, "fp32")
+    assert 1e8 < rates.bytes_per_second < 1e13 and 1e8 < rates.flops_per_second < 1e15
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bare", "loader", "eager", "replayed", "nchw"])
+def test_a_unit_trains_and_says_how_many_images(name: str) -> None:
+    unit = getattr(contenders, name)(TINY, "fp32")
+    assert unit() == unit() == TINY.images
+
+
+def test_a_unit_of_the_training_loop_is_an_epoch(tmp_path: Path) -> None:
+    """10 images, one a class, in batches of 4: 2 or 3 steps, as batches cross the ends of epochs."""
+    unit = contenders.loop(TINY, "fp32", tmp_path)
+    images = [unit() for _ in range(4)]
+    assert images == [8, 12, 8, 12]
+    assert [row["step"] for row in records.read_metrics(tmp_path)] == [2, 5, 7]  # the last is not waited for
+
+
+def test_memory_layout_does_not_change_what_is_computed() -> None:
+    """So that channels_last and NCHW are compared at equal mathematics. Two steps: with so few images and so large a
+    learning rate, rounding, which is another on every CPU, is amplified a hundredfold by each further one."""
+    losses = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model, loss, optimizer = contenders.plain(TINY, layout)
+        x = torch.linspace(-1, 1, 4 * 3 * 32 * 32).reshape(4, 3, 32, 32).contiguous(memory_format=layout)
+        y = torch.arange(4)
+        losses.append([contenders.train("fp32", model, loss, optimizer, x, y).item() for _ in range(2)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("shortcut", ["mean_pool", "strided", "projection"])
+def test_stacked_networks_compute_what_each_computes_alone(shortcut: str) -> None:
+    models = [resnet_cifar(8, num_classes=5, shortcut=shortcut, seed=seed).double() for seed in range(3)]
+    stack = contenders.stack(models)
+    x = torch.randn(4, 9, 16, 16, dtype=torch.float64)
+    y = torch.randint(5, (4, 3))
+    together = stack(x)  # (4, 3, 5)
+    contenders.StackedLoss(nn.CrossEntropyLoss())(together, y.flatten()).backward()
+    for number, model in enumerate(models):
+        logits = model(x[:, 3 * number : 3 * number + 3])
+        torch.testing.assert_close(together[:, number], logits)
+        F.cross_entropy(logits, y[:, number]).backward()
+        torch.testing.assert_close(stack.fc.bias.grad[number], model.fc.bias.grad)
+        torch.testing.assert_close(stack.conv1.weight.grad[16 * number : 16 * number + 16], model.conv1.weight.grad)
+        mean = stack.bn1.running_mean[16 * number : 16 * number + 16]
+        torch.testing.assert_close(mean, model.bn1.running_mean)
+
+
+# -- the script --------------------------------------------------------------------------------------------------------
+
+
+def small_bench(benchmark: ModuleType, **changes: Any) -> Any:
+    given = benchmark.parse(["--device", "cpu", "--depth", "8", "--batch-size", "4", "--dtypes", "fp32"])
+    bench = benchmark.make_bench(given, CPU)
+    quick = {"turns": 2, "turn_seconds": 0.0, "batches": [2, 4], "depths": [8, 14], "classes": [10, 30]}
+    quick |= {"photos": 2, "image_size": 32}
+    return dataclasses.replace(bench, **quick | changes)
+
+
+def test_turns_alternate_and_the_first_of_each_does_not_count(benchmark: ModuleType) -> None:
+    order: list[str] = []
+    units = {name: (lambda name=name: order.append(name) or 7) for name in "AB"}
+    rates = benchmark.race(small_bench(benchmark), units, turns=3, share=1.0)
+    assert order == list("ABABABAB") and [len(found) for found in rates.values()] == [3, 3]
+    assert all(rate > 0 for found in rates.values() for rate in found)
+
+
+def test_one_turn_counts_even_when_the_budget_is_used_up(benchmark: ModuleType) -> None:
+    rates = benchmark.race(small_bench(benchmark, ends=0.0), {"A": lambda: 1}, turns=9, share=0.5)
+    assert len(rates["A"]) == 1
+
+
+@pytest.fixture(scope="module")
+def written(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The report of all workloads but the part that starts processes: 8 layers, and ResNet-50 on 32 pixels."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        made = small_bench(benchmark)
+        patch.setattr(benchmark, "make_bench", lambda given, device: made)
+        patch.setattr(benchmark, "processes", lambda bench: None)
+        assert benchmark.main(["--device", "cpu", "--out", str(folder)]) == 0
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text()), folder
+
+
+def test_report_has_every_section(written: tuple[dict[str, Any], Path]) -> None:
+    report, folder = written
+    sections = {row["section"] for row in report["rows"]}
+    assert sections == {
+        "one run", "overhead", "floor", "evaluation", "first step", "depth", "batch size", "classes", "loss alone",
+        "loader", "resnet50", "resnet50 ratio", "resnet50 loss",
+    }  # fmt: skip
+    assert report["left_out"] == [] and report["environment"]["kind"] == "cpu"
+    assert {"torch", "threads", "device", "commit", "load_average"} <= report["environment"].keys()
+    for row in report["rows"]:
+        if "images_per_second" in row:
+            assert row["images_per_second"] == pytest.approx(np.median(row["turns"]))
+            took = 1000 * row["batch_size"] * row["runs"] / row["images_per_second"]
+            assert row["milliseconds"] == pytest.approx(took)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".md", ".png", ".svg"}
+
+
+def test_page_says_what_matters(written: tuple[dict[str, Any], Path]) -> None:
+    report, folder = written
+    (page,) = [path.read_text() for path in folder.glob("*.md")]
+    (overhead,) = [row for row in report["rows"] if row["section"] == "overhead" and row["name"] == LOOP]
+    percent = np.median(overhead["percent"])
+    assert f"{LOOP} against {BARE}, fp32: {percent:+.1f} %" in page
+    assert f"Target under 5 %: {'met' if percent < 5 else 'missed'}" in page
+    assert "GPU figures: none has been measured so far" in page and "--gpu-report" in page
+    (bare,) = [row for row in report["rows"] if row["section"] == "one run" and row["name"] == BARE]
+    assert f"| {BARE} | fp32 | {bare['images_per_second']:,.0f} |" in page
+
+
+def test_large_sets_are_measured_against_torchvision(written: tuple[dict[str, Any], Path]) -> None:
+    report, folder = written
+    (page,) = [path.read_text() for path in folder.glob("*.md")]
+    ours, theirs = bench_plot.select(report, "resnet50")
+    assert (ours["name"], theirs["name"]) == (OURS, REFERENCE)
+    for row in (ours, theirs):
+        facts = [row[name] for name in ("dtype", "depth", "classes", "image_size", "at_once", "mebibytes_per_image")]
+        assert facts == ["fp32", 50, 8142, 32, 2, None]
+    (ratio,) = bench_plot.select(report, "resnet50 ratio")
+    assert ratio["ratio"] == pytest.approx([a / b for a, b in zip(ours["turns"], theirs["turns"], strict=True)])
+    losses = bench_plot.select(report, "resnet50 loss")
+    assert [row["name"] for row in losses] == ["softmax", "sigmoid", "focal"]
+    for row in losses:
+        assert row["percent"] == pytest.approx(100 * row["milliseconds"] / ours["milliseconds"])
+    (loader,) = bench_plot.select(report, "loader")
+    met = {
+        "under 2 %": max(row["percent"] for row in losses) < 2,
+        "at least 1.5": loader["ratio"] >= 1.5,
+    }
+    for target, holds in met.items():
+        assert f"Target {target}: {'met' if holds else 'missed'}." in page
+    assert f"Target at least 0.95: {'met' if np.median(ratio['ratio']) >= 0.95 else 'missed'}" in page
+    assert "Loader: " in page and "ResNet-50, 32 pixels, 8,142 classes, fp32, made-up images: our step, 2" in page
+    assert "Target on an H200" not in page  # images/s say nothing of a CPU
+    assert f"| {REFERENCE} | fp32 | 2 | {bench_plot.speed(theirs['images_per_second'])} |" in page
+
+
+def test_overhead_is_paired_by_turn(written: tuple[dict[str, Any], Path]) -> None:
+    report, _ = written
+    turns = {row["name"]: row["turns"] for row in report["rows"] if row["section"] == "one run"}
+    for row in [row for row in report["rows"] if row["section"] == "overhead"]:
+        expected = [100 * (b / ours - 1) for b, ours in zip(turns[BARE], turns[row["name"]], strict=True)]
+        assert row["percent"] == pytest.approx(expected)
+
+
+def test_a_gpu_report_names_targets_launches_and_no_gap(written: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Made of a CPU's figures: what is said of a GPU, and that the picture has room for it."""
+    report = json.loads(json.dumps(written[0]))
+    report["environment"] |= {
+        "kind": "cuda",
+        "device": "GPU",
+        "nvidia_smi": {"power.limit": "700.00 W", "driver_version": "1"},
+    }
+    (floor,) = [row for row in report["rows"] if row["section"] == "floor"]
+    floor["launch_microseconds"] = 2.0
+    (loop,) = [row for row in report["rows"] if row["section"] == "one run" and row["name"] == LOOP]
+    loop |= {"images_per_second": 130_000.0, "turns": [130_000.0]}
+    for k, rate in ((1, 130_000.0), (8, 260_000.0)):
+        row = loop | {"section": "side by side", "name": "streams, whole runs with evaluation", "runs": k}
+        report["rows"].append(row | {"images_per_second": rate, "mebibytes": 100.0 * k})
+    ours, theirs = bench_plot.select(report, "resnet50")
+    ours |= {"images_per_second": 2900.0, "batch_size": 1024, "at_once": 128, "mebibytes_per_image": 87.654}
+    report["rows"].append(theirs | {"name": REFERENCE + COMPILED})
+    report["rows"].append(ours | {"name": OURS + COMPILED, "images_per_second": 2700.0})
+    against = {"section": "resnet50 ratio", "against": "theirs"}
+    report["rows"] = [row for row in report["rows"] if row["section"] != "resnet50 ratio"]
+    report["rows"].append(against | {"name": OURS, "ratio": [0.96, 0.98, 0.9]})
+    report["rows"].append(against | {"name": OURS + COMPILED, "ratio": [0.94]})
+    page = bench_plot.markdown(report, measured_on_gpu=True)
+    assert (
+        "reaches 0.960 (0.900 to 0.980, turns: 3) of the images/s of theirs. Target at least 0.95: met by the" in page
+    )
+    assert "reaches 0.940 (0.940 to 0.940, turns: 1) of the images/s of theirs. Target at least 0.95: missed." in page
+    assert "It is 2,900 images/s. Target on an H200 at least 2,800: met." in page
+    assert "It is 2,700 images/s. Target on an H200 at least 2,800: missed." in page
+    assert "| 0.960 | 87.7 |" in page and "| 0.940 | 87.7 |" in page
+    assert "none has been measured" not in page and "Power limit 700.00 W" in page
+    assert "One run: 130,000 images/s in fp32. Target on an H200 at least 120,000: met." in page
+    assert "Many runs together: 260,000 images/s in fp32. Target on an H200 at least 300,000: missed." in page
+    assert f"{floor['operations']} kernels, 2.00 µs apart" in page
+    assert "| 8 | 260,000 | 32,500 | 2.00 | 800 |" in page
+    assert [path.suffix for path in bench_plot.save(report, tmp_path / "gpu")] == [".svg", ".png"]
+
+
+def test_a_large_run_is_that_of_table_3() -> None:
+    for compiled in (False, True):
+        run = contenders.make_large_run(CPU, 224, compiled)
+        assert (run.engine.dtype, run.engine.compile, run.recipe.batch_size) == ("fp32", compiled, 1024)
+        assert config.cell(run).startswith("inaturalist2018") and (run.loss.kind, run.loss.beta) == ("focal", 0.999)
+    assert contenders.make_large_run(torch.device("cuda"), 224).engine.dtype == "bf16"
+
+
+def test_our_large_step_goes_on_beyond_the_losses_it_has_room_for() -> None:
+    run = contenders.make_large_run(CPU, 32)
+    told: list[int] = []
+
+    class Step:
+        count = 0
+
+        def __call__(self, batch: list[Any], rate: float) -> None:
+            assert self.count < CHECK_STEPS and [tuple(images.shape) for images, _ in batch] == [(3, 32, 32, 3)]
+            self.count += 1
+
+        def report(self) -> None:
+            told.append(self.count)
+            self.count = 0
+
+    train, world = SimpleNamespace(counts=[1] * 9), SimpleNamespace(device=CPU)
+    job = SimpleNamespace(step=Step(), micro_batch=3, batch_size=1024, train=train, world=world)
+    unit = contenders.large(run, job)
+    assert sum(unit() for _ in range(2 * CHECK_STEPS + 1)) == 3 * (2 * CHECK_STEPS + 1)
+    assert told == [CHECK_STEPS] * 2
+
+
+def test_on_a_gpu_torchvision_may_have_the_larger_batch_and_both_are_compiled(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU adds, with stand-ins for its steps: a compiled one of torchvision's does not fit."""
+
+    def recipe(run: config.Run, device: torch.device, images: int, classes: int) -> Callable[[], int]:
+        if run.engine.compile and images == 256:
+            raise torch.OutOfMemoryError
+        return lambda: images * images  # so that the larger is the faster
+
+    job = SimpleNamespace(train=SimpleNamespace(counts=np.arange(1, 9)), micro_batch=128, batch_size=1024)
+    monkeypatch.setattr(benchmark.Bench, "cuda", True)
+    monkeypatch.setattr(benchmark.Bench, "synchronize", lambda bench: None)
+    monkeypatch.setattr(benchmark.synthetic, "make_job", lambda run, device: job)
+    monkeypatch.setattr(benchmark, "image_mebibytes", lambda bench, unit, images: 1.5)
+    monkeypatch.setattr(contenders, "large", lambda run, job: lambda: 1024)
+    monkeypatch.setattr(contenders, "torchvision_recipe", recipe)
+    monkeypatch.setattr(benchmark, "timed", lambda bench, unit, repeats: (unit(), 1.0))
+    bench = small_bench(benchmark)
+    searched = torch.backends.cudnn.benchmark
+    benchmark.resnet50(bench)
+    assert torch.backends.cudnn.benchmark == searched
+    found = [row for row in bench.rows if row["section"] == "resnet50"]
+    assert [(row["name"], row["at_once"], row["batch_size"]) for row in found] == [
+        (OURS, 128, 1024),
+        (REFERENCE, 128, 128),
+        (REFERENCE, 256, 256),
+        (OURS + COMPILED, 128, 1024),
+        (REFERENCE + COMPILED, 128, 128),
+    ]
+    assert bench.left_out == [f"{REFERENCE}{COMPILED}, 256 at a time: more than the device's memory holds"]
+    ratios = [(row["name"], row["against"], row["ratio"]) for row in bench.rows if row["section"] == "resnet50 ratio"]
+    assert ratios == [
+        (OURS, f"{REFERENCE}, 256 at a time", [1024 / 256**2] * 2),
+        (OURS + COMPILED, f"{REFERENCE}{COMPILED}, 128 at a time", [1024 / 128**2] * 2),
+    ]
+
+
+def test_a_workload_alone_has_its_name_in_its_files(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = small_bench(benchmark)
+    monkeypatch.setattr(benchmark, "make_bench", lambda given, device: made)
+    assert benchmark.main(["loader", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    names = [path.name for path in tmp_path.iterdir()]
+    assert len(names) == 4 and all("-loader-" in name for name in names)
+    report = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [row["section"] for row in report["rows"]] == ["loader"]
+
+
+def test_a_workload_that_fails_costs_only_its_own_rows(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    made = small_bench(benchmark)
+    monkeypatch.setattr(benchmark, "make_bench", lambda given, device: made)
+    monkeypatch.setattr(benchmark, "WORKLOADS", {"loader": benchmark.loader, "resnet50": fails})
+    assert benchmark.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "RuntimeError: no compiler" in capsys.readouterr().err
+    assert "Left out: resnet50, it failed: RuntimeError." in next(tmp_path.glob("*.md")).read_text()
+    made.rows.clear()
+    with pytest.raises(RuntimeError, match="no compiler"):  # nothing was measured, there is nothing to keep
+        benchmark.main(["resnet50", "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_what_does_not_fit_into_the_budget_is_named(benchmark: ModuleType) -> None:
+    bench = small_bench(benchmark, ends=0.0)
+    benchmark.cifar(bench)
+    assert bench.rows == [] and bench.left_out[0] == "one run in fp32: the budget was used up"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu-report", "somewhere"], "--gpu-report needs a GPU"),
+        (["--dtypes", "fp16"], "--dtypes has 'fp16'"),
+        (["--lanes", "1,x"], "--lanes is '1,x'"),
+        (["--depth", "9"], "model.depth is 9"),
+        (["--batch-size", "0"], "recipe.batch_size is 0"),
+        (["--device", "tpu"], "engine.device is 'tpu'"),
+    ],
+)
+def test_mistakes_are_one_sentence(benchmark: ModuleType, arguments: list[str], message: str) -> None:
+    if "--gpu-report" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match=f"^{message}"):
+        benchmark.main(arguments)
+
+
+@pytest.mark.slow
+def test_processes_side_by_side(benchmark: ModuleType) -> None:
+    """Two processes are started, wait for each other and report."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        bench = small_bench(benchmark, lanes=[1, 2])
+        benchmark.processes(bench)
+    finally:
+        torch.set_num_threads(threads)
+    assert [(row["name"], row["runs"]) for row in bench.rows] == [("processes", 1), ("processes", 2)]
+    assert all(row["images_per_second"] > 0 and row["mebibytes"] > 100 for row in bench.rows)
+
+
+def test_a_failed_process_is_named(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark.sys, "executable", "false")
+    bench = small_bench(benchmark, lanes=[1])
+    benchmark.processes(bench)
+    assert bench.rows == [] and "1 processes side by side: one of them failed" in bench.left_out[0]
+
+
+def test_eager_step_is_the_row_of_a_second_dtype(benchmark: ModuleType) -> None:
+    bench = small_bench(benchmark)
+    benchmark.one_step(bench, "bf16")
+    (row,) = bench.rows
+    assert (row["name"], row["dtype"], len(row["turns"])) == (EAGER, "bf16", 1)

@@ -1,0 +1,154 @@
+"""scripts/train.py as people type it: what is wrong is one line, and a sweep trains what is right."""
+
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from cbl import records
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
+DIGITS = ["experiment=digits", "tracking=off", "engine.device=cpu", "engine.threads=1", "engine.max_steps=2"]
+Train = Callable[..., tuple[int, str, str]]  # arguments -> exit status, stdout, stderr
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+    """Runs the command in this process, in an empty folder."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        capsys.readouterr()
+        status: int | str | None = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as left:
+            status = left.code
+        finally:
+            GlobalHydra.instance().clear()
+        assert isinstance(status, int | None)
+        return status or 0, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the script sets it; what it was comes back after the test
+    return run
+
+
+WRONG = [
+    # keys
+    ("loss.bta=0.9", r"Unknown key 'loss.bta'; did you mean 'loss.beta'\?"),
+    ("epochs=10", r"Unknown key 'epochs'; did you mean 'recipe.epochs'\?"),
+    ("+sead=1", r"Unknown key 'sead'; did you mean 'seed'\?"),
+    ("++loss.gama=1", r"Unknown key 'loss.gama'; did you mean 'gamma'\?"),
+    # options of a group
+    ("loss=focl", r"Unknown loss 'focl'; did you mean 'focal'\?"),
+    ("dataset=mnist", r"Unknown dataset 'mnist'; valid are cifar100_lt, .*"),
+    # values
+    ("loss.beta=2", r"loss.beta is 2.0, but it must be in \[0, 1\], for example 0.9999\."),
+    ("loss.beta=high", r"loss.beta takes a number, not 'high'\."),
+    (
+        "dataset.imbalance_factor=0.01",
+        r"dataset.imbalance_factor is 0.01, but .*; write 100 for what other code calls .*",
+    ),
+    ("loss=[1", r".+"),
+    ("loss.beta", r".*'loss.beta'.*"),
+    ("seed=0,1", r"Ambiguous value for argument 'seed=0,1' .*--multirun.*"),
+]
+
+
+@pytest.mark.parametrize(("argument", "message"), WRONG)
+def test_a_wrong_argument_is_one_line(train: Train, tmp_path: Path, argument: str, message: str) -> None:
+    status, out, err = train(argument, "tracking=off")
+    assert status == 2 and out == ""
+    assert re.fullmatch(message + r"\n", err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_argument_of_a_sweep_stops_it_before_it_begins(train: Train, tmp_path: Path) -> None:
+    for wrong in ("loss.bta=1", "loss=softmax,focl"):
+        status, out, err = train("-m", *DIGITS, "seed=0,1", wrong)
+        assert status == 2 and out == "" and err.startswith("Unknown ") and err.count("\n") == 1
+    assert not (tmp_path / "outputs" / "runs").exists()
+
+
+def test_missing_data_is_one_line_and_leaves_no_folder(train: Train, tmp_path: Path) -> None:
+    for arguments in (["dataset.download=false"], ["dataset=folder"]):
+        status, out, err = train("dataset.root=nowhere", "tracking=off", "engine.device=cpu", *arguments)
+        assert status == 1 and out == "" and err.count("\n") == 1
+        assert re.match(r"\w+-\w+-softmax-b0-s0-[0-9a-f]{8}: failed\. .*nowhere.*", err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(train: Train, tmp_path: Path) -> None:
+    status, out, err = train("experiment=digits", "tracking=off", "engine.device=cuda")
+    assert status == 1 and out == "" and err.count("\n") == 1
+    assert "failed. engine.device is 'cuda', but torch" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_groups_and_keys(train: Train, tmp_path: Path) -> None:
+    status, out, err = train("--help")
+    assert status == 0 and err == ""
+    assert "loss: focal, focal_g0.5, focal_g1, focal_g2, sigmoid, softmax" in out
+    assert "imbalance_factor: 100" in out and "--cfg job" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_result_can_be_shown_without_training(train: Train, tmp_path: Path) -> None:
+    status, out, err = train("--cfg", "job", "loss=focal_g2", "recipe.epochs=7")
+    assert status == 0 and err == ""
+    assert "gamma: 2.0" in out and "epochs: 7" in out and "hydra:" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_and_the_same_again(train: Train, tmp_path: Path) -> None:
+    status, out, err = train(*DIGITS)
+    assert status == 0 and out == ""
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert records.is_done(folder)
+    assert "class counts      124     74" in err and "class weights  1.0000" in err
+    assert re.search(rf"^{folder.name}: error [\d.]+ % after the last step, best [\d.]+ %, ", err, re.M)
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["runs"]  # Hydra leaves none of its own
+    status, _, err = train(*DIGITS)
+    assert status == 0
+    assert re.fullmatch(rf"{folder.name}: error [\d.]+ % after the last step, best [\d.]+ % \(done before\)\n", err)
+
+
+def test_the_command_itself_and_a_sweep_with_a_bad_job(tmp_path: Path) -> None:
+    """A process of its own, as typed; the flag may stand anywhere."""
+    command = [sys.executable, str(SCRIPT), *DIGITS, "loss=focal_g1", "loss.beta=0,2,0.9", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+    assert re.search(r"^.*loss=focal_g1 loss.beta=2.*: loss.beta is 2.0, but it must be in \[0, 1\]", done.stderr, re.M)
+    folders = list((tmp_path / "outputs" / "runs").iterdir())
+    assert len(folders) == 2 and all(records.is_done(folder) for folder in folders)
+    assert {records.read_record(folder)["beta"] for folder in folders} == {0.0, 0.9}
+    assert re.search(r"^\[2/2\] ", done.stderr, re.M)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    settings = [*DIGITS[:-1], "recipe.epochs=100000", "engine.checkpoint_seconds=0"]
+    command = [sys.executable, str(SCRIPT), *settings]
+    training = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    while training.poll() is None and not list(tmp_path.glob("outputs/runs/*/checkpoint.pt")):
+        time.sleep(0.02)
+    training.send_signal(signal.SIGINT)
+    _, err = training.communicate(timeout=60)
+    assert training.returncode == 130 and "Traceback" not in err
+    assert err.splitlines()[-1] == "Interrupted; the same command goes on from the last checkpoint."
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert (folder / "checkpoint.pt").exists() and records.read_record(folder)["status"] == "running"

@@ -1,0 +1,310 @@
+"""scripts/evaluate.py on runs that were just trained: against their records, a computation by hand, and wrong paths."""
+
+import dataclasses
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbl import config, records
+from cbl.data import digits
+from cbl.engine import checkpoint, resident
+from cbl.errors import UserError
+from cbl.models import resnet_cifar
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"
+script: dict[str, Any] = runpy.run_path(str(SCRIPT))
+
+
+def settings(output_dir: Path, **groups: Any) -> config.Run:
+    """A few steps on the digits."""
+    values: dict[str, Any] = {
+        "dataset": {"name": "digits_lt"},
+        "model": {"depth": 8},
+        "loss": {"kind": "focal", "beta": 0.9},
+        "recipe": {"epochs": 4, "batch_size": 32, "milestones": [3.0], "warmup_epochs": 1},
+        "engine": {"device": "cpu"},
+        "tracking": {"mode": "off"},
+        "output_dir": str(output_dir),
+    }
+    return config.from_mapping(values | {name: values.get(name, {}) | keys for name, keys in groups.items()})
+
+
+def trained(run: config.Run) -> Path:
+    """The folder of the run."""
+    (record,) = resident.train([run])
+    assert record["status"] == "done"
+    return records.folder_of(run)
+
+
+def interrupted(run: config.Run, epochs: int) -> Path:
+    """The folder of the run, which a Ctrl-C ended after `epochs`."""
+    save, saved = checkpoint.save, []
+
+    def save_and_stop(*arguments: Any) -> None:
+        save(*arguments)
+        saved.append(arguments)
+        if len(saved) == epochs:
+            raise KeyboardInterrupt
+
+    run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, checkpoint_seconds=0.0))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", save_and_stop)
+        resident.train([run])
+    return records.folder_of(run)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(settings(tmp_path_factory.mktemp("done")))
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 of 4 epochs, the second of which was evaluated."""
+    return interrupted(settings(tmp_path_factory.mktemp("half")), epochs=2)
+
+
+@pytest.fixture
+def copied(done: Path, tmp_path: Path) -> Path:
+    """The done run, to be tampered with."""
+    return shutil.copytree(done, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def many_classes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on 21 classes of one's own images, and the tree that they are in."""
+    tree = tmp_path_factory.mktemp("tree")
+    rng = np.random.default_rng(0)
+    for split, each in (("train", 3), ("test", 2)):
+        for c in range(21):
+            (tree / split / f"kind {c:02d}").mkdir(parents=True)
+            for number in range(each):
+                pixels = rng.integers(0, 256, size=(8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tree / split / f"kind {c:02d}" / f"{number}.png")
+    dataset = {"name": "folder", "root": str(tree), "imbalance_factor": None, "image_size": 8}
+    run = settings(tmp_path_factory.mktemp("folder"), dataset=dataset, recipe={"epochs": 1, "milestones": []})
+    return trained(run), tree
+
+
+def as_json(path: Path, device: str = "cpu", data_root: str | None = None) -> dict[str, Any]:
+    """What --json prints."""
+    return json.loads(json.dumps(script["evaluate_run"](path, device, data_root), allow_nan=False))
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints to a pipe."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--device", "cpu"])
+        capsys.readouterr()
+        script["main"]()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_done_run_is_measured_as_its_record_says(done: Path) -> None:
+    found, record = as_json(done), records.read_record(done)
+    assert found["images_apart"] == 0 and found["notes"] == []
+    assert found["error"] == found["error_recorded"] == record["error_last"]
+    assert found["step"] == found["last_step"] == record["steps"] == 38
+    for key in ("run_id", "status", "per_class_error", "group_classes", "groups", "ece", "class_counts", "class_names"):
+        assert found[key] == record[key]
+    for group in ("error_many", "error_medium", "error_few"):
+        assert found[group] == record[group]
+
+
+def test_confusion_and_calibration_by_hand(done: Path) -> None:
+    """With nothing of cbl.engine: the network, the stored weights, x/128 - 1, and counting."""
+    model = resnet_cifar(8, num_classes=10, in_channels=1)
+    model.load_state_dict(torch.load(done / "model.pt", weights_only=True))
+    model.eval()
+    source, target = digits.read(), digits.read().test_labels.numpy()
+    with torch.no_grad():
+        share = model(source.test_images.permute(0, 3, 1, 2).float() / 128 - 1).double().softmax(1).numpy()  # (500, 10)
+    predicted, confidence = share.argmax(1), share.max(1)
+    want = np.zeros((10, 10), dtype=int)
+    np.add.at(want, (target, predicted), 1)
+    found = as_json(done)
+    assert found["confusion"] == want.tolist()
+    assert found["error"] == pytest.approx(100 * np.mean(predicted != target))
+    assert found["per_class_error"] == pytest.approx([100 - 2.0 * want[c, c] for c in range(10)])  # 50 of each class
+    in_bin = [(confidence > k / 15) & (confidence <= (k + 1) / 15) for k in range(15)]
+    assert found["calibration"]["count"] == [int(chosen.sum()) for chosen in in_bin]
+    ece = sum(abs(sum(confidence[chosen] - (predicted == target)[chosen])) for chosen in in_bin) / 500
+    assert found["ece"] == found["calibration"]["ece"] == pytest.approx(100 * ece, abs=1e-3)
+
+
+def test_input_scaling_and_reduced_precision_are_taken_from_the_record(tmp_path: Path) -> None:
+    run = settings(tmp_path, recipe={"input_scaling": "mean_std"}, engine={"dtype": "bf16"})
+    folder = trained(run)
+    assert as_json(folder)["images_apart"] == 0
+    path = folder / "result.json"  # that the test above can fail: other scaling, other predictions
+    path.write_text(path.read_text(encoding="utf-8").replace("mean_std", "symmetric"), encoding="utf-8")
+    assert as_json(folder)["images_apart"] > 0
+
+
+def test_text_for_a_pipe(done: Path, printed: Callable[..., str]) -> None:
+    text, record = printed(f"run={done}"), records.read_record(done)
+    assert text.isascii() and "\x1b" not in text
+    assert f"{record['error_last']:.2f} % (as recorded)" in text and "Note" not in text
+    assert f"{record['ece']:.2f} % expected calibration error" in text
+    assert "imbalance factor 100, subset seed 0; 10 classes, 304 training and 500 test images" in text
+    assert "focal (gamma 1), beta 0.9, reduction batch" in text
+    classes = re.findall(r"^ ?(\d) +(\d) +(\d+) +([\d.]+) +(many|medium|few) +50 +([\d.]+) *$", text, re.M)
+    assert [int(line[2]) for line in classes] == record["class_counts"]
+    assert [float(line[5]) for line in classes] == pytest.approx(record["per_class_error"])
+    groups = re.findall(r"^(many|medium|few) +(\d) +(\d+) to (\d+) +([\d.]+) *$", text, re.M)
+    assert [line[:4] for line in groups] == [
+        ("many", "4", "26", "124"), ("medium", "3", "5", "16"), ("few", "3", "1", "3")
+    ]  # fmt: skip
+    matrix = re.findall(r"^(\d)  (\d)((?: +[\d.]+){10}) *$", text, re.M)
+    assert [[int(n.replace(".", "0")) for n in line[2].split()] for line in matrix] == as_json(done)["confusion"]
+    bins = re.findall(r"^ *[\d.]+ - [\d.]+ +(\d+) ", text, re.M)
+    assert [int(n) for n in bins] == as_json(done)["calibration"]["count"]
+
+
+def test_folder_weights_or_run_equals_name_the_same(done: Path, printed: Callable[..., str]) -> None:
+    first = printed(done)
+    assert printed(f"run={done}") == printed(done / "model.pt") == printed(f"run={done / 'model.pt'}") == first
+    assert json.loads(printed(done, "--json")) == as_json(done)
+
+
+def test_a_half_done_run_is_called_so(half_done: Path, printed: Callable[..., str]) -> None:
+    found, rows = as_json(half_done), records.read_metrics(half_done)
+    assert (found["step"], found["last_step"], found["status"]) == (19, 38, "running")
+    assert found["weights"] == str(half_done / "checkpoint.pt")
+    assert found["error"] == found["error_recorded"] == rows[-1]["test_error"] and found["images_apart"] == 0
+    text = printed(half_done / "checkpoint.pt")
+    assert "step 19 of 38" in text and "Note: The run is not done: these are its weights after step 19 of 38." in text
+
+
+def test_a_checkpoint_that_was_not_evaluated_has_nothing_to_equal(tmp_path: Path, printed: Callable[..., str]) -> None:
+    folder = interrupted(settings(tmp_path), epochs=1)
+    found = as_json(folder)
+    assert found["error_recorded"] is None and found["images_apart"] is None
+    assert "(not evaluated at this step before)" in printed(folder)
+
+
+def test_another_error_than_the_recorded_one_is_said(copied: Path, printed: Callable[..., str]) -> None:
+    record = records.read_record(copied)
+    records.write_record(copied, record | {"error_last": record["error_last"] - 0.6})
+    assert as_json(copied)["images_apart"] == 3
+    text = printed(copied)
+    assert "(not as recorded)" in text and "3 of 500 images apart" in text
+
+
+def test_other_training_images_are_said(copied: Path) -> None:
+    record = records.read_record(copied)
+    records.write_record(copied, record | {"subset_hash": "0000"})
+    assert [note for note in as_json(copied)["notes"] if "training images here are not those of the record" in note]
+
+
+def test_above_twenty_classes_the_most_confused_pairs(
+    many_classes: tuple[Path, Path], printed: Callable[..., str]
+) -> None:
+    folder, _ = many_classes
+    text, confusion = printed(folder), np.array(as_json(folder)["confusion"])
+    assert "Confusion (row" not in text and "as it is on disk" in text
+    pairs = re.findall(r"^(kind \d+)  +(kind \d+)  +(\d) +(50|100)\.00 *$", text, re.M)
+    off = np.where(np.eye(21, dtype=bool), 0, confusion)
+    assert [int(n) for *_, n, _ in pairs] == np.sort(off[off > 0])[::-1][:20].tolist()
+    assert all(off[int(true[-2:]), int(taken[-2:])] == int(n) for true, taken, n, _ in pairs)
+
+
+def test_data_that_has_moved(many_classes: tuple[Path, Path], tmp_path: Path, printed: Callable[..., str]) -> None:
+    folder, tree = many_classes
+    moved, gone = shutil.copytree(tree, tmp_path / "moved"), tmp_path / "run"
+    shutil.copytree(folder, gone)
+    record = records.read_record(gone)
+    record["config"]["dataset"]["root"] = str(tmp_path / "nowhere")
+    records.write_record(gone, record)
+    with pytest.raises(UserError, match=r"There is no folder .*nowhere/train"):
+        printed(gone)
+    assert f"{record['error_last']:.2f} % (as recorded)" in printed(gone, "--data", moved)
+    for split in ("train", "test"):
+        (moved / split / "kind 20").rename(moved / split / "another")
+    again = shutil.copytree(moved, tmp_path / "again")  # a tree is read once per process
+    with pytest.raises(UserError, match=r"^The classes under .*again are not those that folder-asis-.* was trained on"):
+        as_json(gone, data_root=str(again))
+
+
+def test_nothing_is_downloaded_to_where_the_data_is_said_to_be(copied: Path, tmp_path: Path) -> None:
+    run = dataclasses.replace(settings(tmp_path), dataset=config.Dataset(shift=4, flip=True))
+    records.write_record(copied, records.read_record(copied) | {"config": config.to_mapping(run)})
+    with pytest.raises(UserError, match=r"CIFAR-10 is not complete under .*elsewhere"):
+        as_json(copied, data_root=str(tmp_path / "elsewhere"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_large_set_that_is_not_prepared(copied: Path, tmp_path: Path) -> None:
+    """One that is: tests/test_export.py."""
+    large = {
+        "dataset": {"name": "imagenet", "imbalance_factor": None},
+        "model": {"name": "resnet_imagenet", "depth": 50},
+    }
+    run = config.to_mapping(config.from_mapping(large))
+    records.write_record(copied, records.read_record(copied) | {"config": run})
+    with pytest.raises(UserError, match=rf"^imagenet is not prepared under {re.escape(str(tmp_path))}"):
+        as_json(copied, data_root=str(tmp_path))
+
+
+def test_what_cannot_be_evaluated_is_one_sentence(copied: Path, tmp_path: Path) -> None:
+    def refuses(path: Path, message: str, device: str = "cpu") -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            as_json(path, device)
+        assert str(path) in str(caught.value) or device in str(caught.value)
+
+    refuses(tmp_path / "nowhere", r"^.*nowhere is no run: give a folder such as outputs/runs/<run_id>, or its model.pt")
+    refuses(copied / "result.json", "is no run: give")
+    refuses(copied, r"^engine.device is 'quantum'", device="quantum")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(copied / "model.pt", tmp_path / "alone")
+    refuses(tmp_path / "alone", "is no run folder: it has no result.json")
+    state = torch.load(copied / "model.pt", weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "fc.bias"}, copied / "model.pt")
+    refuses(copied, "does not fit the network that result.json beside it describes")
+    (copied / "model.pt").write_bytes(b"no weights")
+    refuses(copied, "model.pt cannot be read")
+    (copied / "model.pt").unlink()
+    refuses(copied, "has no weights, neither model.pt nor checkpoint.pt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(done: Path) -> None:
+    with pytest.raises(UserError, match=r"^engine.device is 'cuda', but torch .* sees 0 CUDA devices here"):
+        as_json(done, "cuda")
+
+
+def test_a_terminal_gets_ruled_tables_with_nothing_cut(
+    done: Path, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = printed(done).split()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the pipe for a terminal
+    monkeypatch.setenv("COLUMNS", "30")
+    text = printed(done)
+    assert "\x1b[1m" in text and "─────" in text
+    assert re.sub(r"\x1b\[[\d;]*m|─", "", text).split() == words
+
+
+def test_the_command_itself(tmp_path: Path, printed: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, str(SCRIPT), "run=outputs/runs/x"]
+    wrong = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("outputs/runs/x is no run: give a folder")
+    with pytest.raises(SystemExit) as left:
+        printed("--help")
+    helped = capsys.readouterr().out
+    assert left.value.code == 0 and "run=outputs/runs/<run_id>" in helped and "--data ROOT" in helped

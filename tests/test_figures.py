@@ -1,0 +1,508 @@
+"""The figures show what the source says: data of lines, images and texts are compared, never pixels."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+
+from cbl import config, records, store
+from cbl.report import figures, paper
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIATURE = ROOT / "tests" / "miniature" / "runs"
+GRIDS = paper.grids()
+# The paper's CIFAR-10 and CIFAR-100 at imbalance factor 50: error without class balancing, then β 0.9 to 0.9999.
+SOFTMAX_10 = (25.19, [24.54, 23.50, 22.72, 21.95])
+SIGMOID_100 = (55.85, [55.27, 54.68, 57.15, 57.72])
+
+
+def run(dataset="cifar10_lt", factor=100.0, kind="softmax", gamma=None, beta=0.0, seed=0, error=30.0, **changes):
+    """A row of runs.csv of a done run; `changes` are groups of its configuration, or columns."""
+    groups = {key: changes.pop(key) for key in ("model", "recipe", "engine") if key in changes}
+    size = {"image_size": changes.pop("image_size")} if "image_size" in changes else {}
+    loss = {"kind": kind, "beta": beta} | ({"gamma": gamma} if gamma else {})
+    values = {"dataset": {"name": dataset, "imbalance_factor": factor} | size, "loss": loss, "seed": seed, **groups}
+    if dataset in config.LARGE:
+        for key, value in config.official_large(dataset, kind).items():
+            group, name = key.split(".")
+            values.setdefault(group, {}).setdefault(name, value)
+    made = config.from_mapping(values)
+    row = dict.fromkeys(records.COLUMNS) | {
+        "run_id": config.run_id(made),
+        "cell": config.cell(made),
+        "dataset": dataset,
+        "imbalance_factor": factor,
+        "model": config.model_name(made),
+        "loss": kind,
+        "gamma": gamma,
+        "beta": beta,
+        "reduction": "batch",
+        "overrides": " ".join(config.overrides(made)),
+        "dtype": made.engine.dtype,
+        "seed": seed,
+        "subset_seed": 0,
+        "epochs": made.recipe.epochs,
+        "status": "done",
+        "error_last": error,
+    }
+    return row | changes
+
+
+def frame(rows) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(records.COLUMNS)).astype(store.RUNS)
+
+
+def every_run(dataset: str, factors=figures.FACTORS) -> pd.DataFrame:
+    """All 25 settings of the paper's grid: its error plus one point, and half a point more or less with the seed."""
+    rows = []
+    for cell in GRIDS[GRIDS["dataset"].eq(dataset) & GRIDS["imbalance_factor"].isin(factors)].itertuples():
+        gamma = None if pd.isna(cell.gamma) else cell.gamma
+        for seed in (0, 1):
+            error = cell.error + 0.5 + seed
+            rows.append(run(dataset, cell.imbalance_factor, cell.loss, gamma, cell.beta, seed, error))
+    return frame(rows)
+
+
+def lines(ax: Axes, style: str = "-") -> dict[str, Line2D]:
+    """Lines of that style by colour."""
+    return {line.get_color(): line for line in ax.get_lines() if line.get_linestyle() == style}
+
+
+def titles(figure: Figure) -> list[str]:
+    return [ax.get_title() for ax in figure.axes]
+
+
+def suptitles(figure: Figure) -> list[str]:
+    return [part.get_suptitle() for part in figure.subfigs]
+
+
+def colour(loss: str, gamma: float | None = None) -> str:
+    return figures.LOSSES[loss, gamma][1]
+
+
+@pytest.fixture(scope="module")
+def miniature() -> store.Store:
+    return store.read_folders([MINIATURE])
+
+
+def drawn(found: store.Store) -> dict[str, Figure | None]:
+    return {name: entry.draw(found) for name, entry in script().FIGURES.items()}
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("figures_script", ROOT / "scripts" / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- closed form -------------------------------------------------------------------------------------------------------
+
+
+def test_fig3_is_the_class_balanced_term_on_two_log_axes():
+    (ax,) = figures.fig3().axes
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [line.get_label() for line in ax.get_lines()] == ["β = 0", "β = 0.9", "β = 0.99", "β = 0.999", "β = 0.9999"]
+    for line, beta in zip(ax.get_lines(), [0.0, 0.9, 0.99, 0.999, 0.9999], strict=True):
+        n, term = line.get_data()
+        assert (n[0], n[-1]) == (1, 10_000)
+        np.testing.assert_allclose(term, (1 - beta) / (1 - beta**n), rtol=1e-9)
+
+
+def test_fig4_shows_the_counts_of_long_tailed_cifar_100():
+    (ax,) = figures.fig4().axes
+    assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "linear")
+    counts = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()}
+    assert [(name, len(n), sum(n)) for name, n in counts.items()] == [
+        ("10", 100, 19573),
+        ("20", 100, 15907),
+        ("50", 100, 12608),
+        ("100", 100, 10847),
+        ("200", 100, 9502),
+    ]
+    assert counts["200"][:4] + counts["200"][-5:] == [500, 473, 449, 425, 3, 2, 2, 2, 2]
+
+
+def test_fig6_shows_images_solid_and_effective_numbers_dashed():
+    left, right = figures.fig6().axes
+    assert left.get_yscale() == right.get_yscale() == "log"
+    (images,) = lines(left, "-").values()
+    assert images.get_ydata().tolist() == [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
+    assert len(lines(right, "-")[figures.BLACK].get_ydata()) == 100
+    for ax in (left, right):
+        n = lines(ax, "-")[figures.BLACK].get_ydata()
+        dashed = lines(ax, "--")
+        assert len(dashed) == 4
+        for beta in (0.9, 0.99, 0.999, 0.9999):
+            np.testing.assert_allclose(dashed[figures.BETAS[beta]].get_ydata(), (1 - beta**n) / (1 - beta), rtol=1e-9)
+
+
+# -- the paper's figures of runs ---------------------------------------------------------------------------------------
+
+
+def test_fig5_shows_the_paper_above_and_the_means_of_our_runs_below():
+    runs = pd.concat([every_run(name, factors=[50.0]) for name in ("cifar10_lt", "cifar100_lt")])
+    figure = figures.fig5(runs, GRIDS)
+    above_10, above_100, below_10, below_100 = figure.axes
+    for ax, shift in ((above_10, 0), (below_10, 1)):  # of seeds 0 and 1: half a point and one and a half
+        plain, balanced = SOFTMAX_10
+        solid, dashed = lines(ax, "-")[colour("softmax")], lines(ax, "--")[colour("softmax")]
+        np.testing.assert_allclose(solid.get_ydata(), np.add(balanced, shift))
+        np.testing.assert_allclose(dashed.get_ydata(), plain + shift)
+        assert solid.get_marker() == "o"
+        assert np.diff(solid.get_xdata()).tolist() == [1, 1, 1]  # equally spaced
+    for ax, shift in ((above_100, 0), (below_100, 1)):
+        np.testing.assert_allclose(lines(ax, "-")[colour("sigmoid")].get_ydata(), np.add(SIGMOID_100[1], shift))
+        np.testing.assert_allclose(lines(ax, "--")[colour("sigmoid")].get_ydata(), SIGMOID_100[0] + shift)
+    assert all(len(ax.get_lines()) == 6 for ax in figure.axes)
+    assert titles(figure) == [
+        "Long-tailed CIFAR-10, imbalance factor 50: paper",
+        "Long-tailed CIFAR-100, imbalance factor 50: paper",
+        "Ours: 2 runs each, fp32",
+        "Ours: 2 runs each, fp32",
+    ]
+
+
+def test_fig5_leaves_gaps_where_nothing_was_run():
+    figure = figures.fig5(frame([run(factor=50.0, kind="sigmoid", beta=0.99, error=23.0)]), GRIDS)
+    _, _, below_10, below_100 = figure.axes
+    np.testing.assert_array_equal(lines(below_10)[colour("sigmoid")].get_ydata(), [np.nan, 23, np.nan, np.nan])
+    assert not lines(below_10, "--")
+    assert titles(figure)[2:] == ["Ours: 1 of 15 settings, 1 run each, fp32", "Ours: not run"]
+    assert [text.get_text() for text in below_100.texts] == ["not run"]
+
+
+def large_run(dataset, kind="softmax", seed=0, **changes):
+    """One of Table 3's rows for ResNet-50: softmax, or class-balanced focal."""
+    gamma, beta = (0.5, 0.999) if kind == "focal" else (None, 0.0)
+    groups = {"model": {"depth": 50}, "engine": {"dtype": "bf16"}} | changes
+    return run(dataset, None, kind, gamma, beta, seed, **groups)
+
+
+def over_epochs(rows, error) -> pd.DataFrame:
+    """Rows of curves at epochs 1 to 90, of which every second was evaluated; error(row, epoch)."""
+    points = [
+        (row["run_id"], float(epoch), epoch, 0.1, 1.0, None if epoch % 2 else error(row, epoch))
+        for row in rows
+        for epoch in range(1, 91)
+    ]
+    return pd.DataFrame(points, columns=list(store.CURVES))
+
+
+def test_fig7_shows_top1_error_over_90_epochs():
+    runs = [large_run(name, "focal", seed) for name in ("imagenet", "inaturalist2018") for seed in (0, 1)]
+    runs += [large_run("inaturalist2018")]
+    curves = over_epochs(runs, lambda row, epoch: 100 - epoch / 2 + row["seed"] * 3 - (20 if row["beta"] else 0))
+    ilsvrc, inat = figures.fig7(frame(runs), curves, paper.table3()).axes
+    assert titles(ilsvrc.figure) == [
+        "ILSVRC 2012: 1 of 2 settings, 2 runs each, bf16",
+        "iNaturalist 2018: 1 to 2 runs each, bf16",
+    ]
+    evaluated = np.arange(2, 91, 2)
+    for ax in (ilsvrc, inat):
+        assert (ax.get_xlim(), ax.get_xlabel()) == ((0, 90), "epoch")
+        focal = lines(ax)[colour("focal", 0.5)]
+        np.testing.assert_allclose(focal.get_data(), [evaluated, 81.5 - evaluated / 2])
+        low, high = band(ax)
+        np.testing.assert_allclose(high - low, 2 * np.std([0, 3], ddof=1))
+    np.testing.assert_allclose(lines(inat, "--")[colour("softmax")].get_data(), [evaluated, 100 - evaluated / 2])
+    assert not lines(ilsvrc, "--")
+    assert (ilsvrc.get_ylim(), inat.get_ylim()) == ((20, 60), (35.5, 100))  # the paper's, and down to ours at 36.5
+    for ax, printed in ((ilsvrc, {23.92, 22.71}), (inat, {42.86, 38.88})):
+        hollow = [line.get_xydata().tolist() for line in ax.get_lines() if line.get_markerfacecolor() == "none"]
+        assert {error for ((_, error),) in hollow} == printed
+        assert {epoch for ((epoch, _),) in hollow} == {90}
+
+
+def test_fig7_takes_the_runs_of_table_3_alone():
+    others = [
+        large_run("imagenet", model={"depth": 101}),
+        large_run("imagenet", image_size=320),
+        large_run("imagenet", recipe={"epochs": 100}),
+        large_run("imagenet", status="failed"),
+        large_run("inaturalist2017"),
+        run("imagenet", None, "focal", 0.5, 0.0, model={"depth": 50}),
+    ]
+    curves = over_epochs(others, lambda row, epoch: 50.0)
+    assert figures.fig7(frame(others), curves, paper.table3()) is None
+    shown = large_run("imagenet", seed=1)
+    curves = pd.concat([curves, over_epochs([shown], lambda row, epoch: 30.0)])
+    ilsvrc, inat = figures.fig7(frame([*others, shown]), curves, paper.table3()).axes
+    assert lines(ilsvrc, "--")[colour("softmax")].get_ydata().tolist() == [30.0] * 45
+    assert not ilsvrc.collections and not lines(inat, "--")
+    assert inat.get_title() == "iNaturalist 2018: not run"
+    assert figures.fig7(frame([shown]), curves.assign(test_error=np.nan), paper.table3()) is None  # no curve of it
+
+
+def cells(ax: Axes) -> np.ndarray:
+    """Numbers written in a heat map, (25, 5), NaN where none is."""
+    table = np.full((25, 5), np.nan)
+    for text in ax.texts:
+        column, row = text.get_position()
+        if text.get_text().replace(".", "").isdigit():
+            table[row, column] = float(text.get_text())
+    return table
+
+
+def bold(ax: Axes) -> list[float]:
+    texts = [text for text in ax.texts if text.get_weight() == "bold"]
+    return [float(text.get_text()) for text in sorted(texts, key=lambda text: text.get_position()[0])]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "lowest"),
+    [
+        ("cifar10_lt", [31.11, 25.43, 20.73, 15.64, 12.51]),
+        ("cifar20_lt", [54.82, 48.52, 44.75, 35.12, 30.90]),
+        ("cifar100_lt", [63.77, 60.40, 54.68, 47.41, 42.01]),
+    ],
+)
+def test_heat_map_shows_the_paper_beside_ours(dataset, lowest):
+    figure = figures.grid(dataset, every_run(dataset), GRIDS)
+    left, right = figure.axes
+    theirs = cells(left)
+    assert theirs[0, 0] == GRIDS[GRIDS["dataset"].eq(dataset)]["error"].iloc[0]  # softmax, β 0, imbalance factor 200
+    assert bold(left) == lowest == theirs.min(axis=0).tolist()
+    np.testing.assert_allclose(cells(right), theirs + 1, atol=0.006)
+    assert bold(right) == pytest.approx([error + 1 for error in lowest])
+    for ax in (left, right):  # shaded from 0, the column's lowest, to 1, its highest
+        errors = cells(ax)
+        shades = (errors - errors.min(axis=0)) / (errors.max(axis=0) - errors.min(axis=0))
+        np.testing.assert_allclose(ax.images[0].get_array(), shades, atol=0.01)
+        underlines = sorted(np.mean(line.get_xdata()) for line in ax.get_lines() if line.get_color() == figures.BLACK)
+        assert underlines == pytest.approx([0, 1, 2, 3, 4])
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["200", "100", "50", "20", "10"]
+    low, high = figures.SHADES(0.0), figures.SHADES(1.0)
+    assert sum(low[:3]) > sum(high[:3])  # light is low
+
+
+def test_heat_map_hatches_what_was_not_run():
+    runs = frame([run(error=29.5), run(beta=0.9999, error=27.5), run(factor=50.0, kind="focal", gamma=2.0, error=23.0)])
+    _, right = figures.grid("cifar10_lt", runs, GRIDS).axes
+    ours = cells(right)
+    assert {(i, j): ours[i, j] for i, j in np.argwhere(~np.isnan(ours))} == {(0, 1): 29.5, (4, 1): 27.5, (20, 2): 23.0}
+    assert len(right.patches) == 122
+    assert all(patch.get_hatch() for patch in right.patches)
+    assert bold(right) == [27.5, 23.0]
+
+
+def test_another_recipe_dtype_or_state_is_never_mixed_in():
+    same = [run(seed=seed, error=30.0 + seed) for seed in (0, 1)]
+    others = [
+        run(seed=2, error=90.0, engine={"dtype": "bf16"}),
+        run(seed=2, error=90.0, model={"shortcut": "strided"}),
+        run(seed=2, error=90.0, recipe={"epochs": 100}),
+        run(seed=2, error=90.0, beta=0.9999, reduction="weight_sum"),
+        run(seed=2, error=90.0, status="failed"),
+        run(seed=3, error=90.0, status="running"),
+    ]
+    figure = figures.grid("cifar10_lt", frame(same + others), GRIDS)
+    ours = cells(figure.axes[1])
+    assert ours[~np.isnan(ours)].tolist() == [30.5]
+    assert figure.axes[1].get_title() == "Ours: 1 of 125 settings, 2 runs each, fp32"
+
+
+# -- what the paper does not show --------------------------------------------------------------------------------------
+
+
+def band(ax: Axes, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper edge of a band, at its points."""
+    x, y = ax.collections[index].get_paths()[0].vertices.T
+    points = np.unique(x)
+    return np.array([y[x == p].min() for p in points]), np.array([y[x == p].max() for p in points])
+
+
+def test_error_against_beta_shows_mean_and_standard_deviation():
+    errors = {0.0: [30.0, 32.0, 31.0], 0.9: [29.0, 29.5, 33.0], 0.99: [28.0], 0.9999: [25.0, 27.0, 26.0]}
+    rows = [run(beta=beta, seed=i, error=e) for beta, values in errors.items() for i, e in enumerate(values)]
+    rows += [run("cifar100_lt", factor, beta=beta) for factor in (50.0, 200.0) for beta in (0.0, 0.9)]
+    rows += [run("cifar100_lt", 10.0)]  # one β alone: no panel
+    figure = figures.error_against_beta(frame(rows))
+    assert titles(figure) == ["imbalance factor 100", "imbalance factor 200", "imbalance factor 50"]
+    assert suptitles(figure) == [
+        "Long-tailed CIFAR-10: 1 to 3 runs each, fp32",
+        "Long-tailed CIFAR-100: 1 run each, fp32",
+    ]
+    ax = figure.axes[0]
+    (line,) = ax.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), [31, 30.5, 28, np.nan, 26])
+    low, high = band(ax)
+    for beta, at in ((0.0, 0), (0.9, 1)):
+        sd = np.std(errors[beta], ddof=1)
+        assert (low[at], high[at]) == pytest.approx((np.mean(errors[beta]) - sd, np.mean(errors[beta]) + sd))
+    assert not figure.axes[1].collections  # one run has no spread
+
+
+def details(rows, counts, error) -> pd.DataFrame:
+    """Rows of per_class; error(beta, seed, class index)."""
+    return pd.DataFrame(
+        [
+            (row["run_id"], index, f"c{index}", n, error(row["beta"], row["seed"], index))
+            for row in rows
+            for index, n in enumerate(counts)
+        ],
+        columns=list(store.PER_CLASS),
+    )
+
+
+def test_error_per_class_runs_from_head_to_tail():
+    rows = [run(beta=beta, seed=seed) for beta in (0.0, 0.9999) for seed in (0, 1)]
+    rows += [run(kind="sigmoid")]  # no class-balanced partner: not shown
+    per_class = details(rows, [50, 5000, 500], lambda beta, seed, c: 10 * c + 2 * seed + (1 if beta else 5))
+    (ax,) = figures.error_per_class(frame(rows), per_class).axes
+    assert ax.get_title() == "Long-tailed CIFAR-10, imbalance factor 100, softmax: 2 runs each, fp32"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["c1\n5000", "c2\n500", "c0\n50"]
+    np.testing.assert_allclose(lines(ax)[figures.BETAS[0.0]].get_ydata(), [16, 26, 6])
+    np.testing.assert_allclose(lines(ax)[figures.BETAS[0.9999]].get_ydata(), [12, 22, 2])
+    low, high = band(ax)
+    np.testing.assert_allclose(high - low, 2 * np.sqrt(2))  # of two runs two points apart
+
+
+def test_error_per_class_takes_many_classes_in_tenths():
+    rows = [run("cifar100_lt", beta=beta) for beta in (0.0, 0.9)]
+    per_class = details(rows, range(500, 400, -1), lambda beta, seed, c: c + 100 * beta)
+    (ax,) = figures.error_per_class(frame(rows), per_class).axes
+    assert [label.get_text() for label in ax.get_xticklabels()][::9] == ["0–9\n500–491", "90–99\n410–401"]
+    np.testing.assert_allclose(lines(ax)[figures.BETAS[0.0]].get_ydata(), np.arange(4.5, 100, 10))
+
+
+def test_error_per_class_numbers_8142_classes_by_their_size():
+    rows = [run("inaturalist2018", None, beta=beta, model={"depth": 50}) for beta in (0.0, 0.999)]
+    counts = np.random.default_rng(0).permutation(np.arange(8142) // 8 + 2)
+    per_class = details(rows, counts, lambda beta, seed, c: counts[c] / 20 - (2 if beta else 0))
+    (ax,) = figures.error_per_class(frame(rows), per_class.astype(store.PER_CLASS)).axes
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert labels[::9] == ["0–814\n1019–917", "7328–8141\n103–2"]
+    tenths = [group.mean() / 20 for group in np.array_split(np.sort(counts)[::-1], 10)]
+    np.testing.assert_allclose(lines(ax)[figures.BETAS[0.0]].get_ydata(), tenths)
+    np.testing.assert_allclose(lines(ax)[figures.BETAS[0.999]].get_ydata(), np.subtract(tenths, 2))
+
+
+def test_training_curves_show_evaluated_epochs():
+    rows = [run(beta=beta, seed=seed) for beta in (0.0, 0.99) for seed in (0, 1)]
+    curves = pd.DataFrame(
+        [
+            (row["run_id"], epoch, 0, 0.1, 2 / epoch + row["seed"], None if epoch == 3 else 60 / epoch)
+            for row in rows
+            for epoch in (1.0, 2.0, 3.0, 4.0)
+        ],
+        columns=list(store.CURVES),
+    )
+    figure = figures.training_curves(frame(rows), curves)
+    loss, error = figure.axes
+    assert (loss.get_yscale(), error.get_yscale()) == ("log", "linear")
+    np.testing.assert_allclose(lines(loss)[figures.BETAS[0.0]].get_data(), [[1, 2, 4], [2.5, 1.5, 1.0]])
+    np.testing.assert_allclose(lines(error)[figures.BETAS[0.99]].get_data(), [[1, 2, 4], [60, 30, 15]])
+
+
+def test_head_against_tail_has_a_point_for_each_setting():
+    groups = {"error_many": 10.0, "error_few": 40.0, "groups": "shots"}
+    rows = [run("cifar100_lt", **groups), run("cifar100_lt", seed=1, **groups | {"error_few": 50.0})]
+    rows += [run("cifar100_lt", kind="focal", gamma=2.0, beta=0.99, **groups | {"error_many": 20.0})]
+    rows += [run("cifar100_lt", 10.0, error_many=1.0, error_medium=2.0, groups="shots")]  # fewer settings
+    no_few = {"error_many": 5.0, "error_medium": 6.0, "groups": "shots"}
+    rows += [run("cifar20_lt", 10.0, beta=beta, **no_few) for beta in (0.0, 0.9)]
+    medium, few = figures.head_against_tail(frame(rows)).axes
+    points = {(*line.get_xdata(), *line.get_ydata(), line.get_color(), line.get_marker()) for line in few.get_lines()}
+    assert points == {(10.0, 45.0, figures.BETAS[0.0], "o"), (20.0, 40.0, figures.BETAS[0.99], "v")}
+    assert few.get_ylabel() == "error on classes of < 20 images, %"
+    assert medium.get_ylabel() == "error on classes of 20 to 100 images, %"
+    assert [line.get_ydata()[0] for line in medium.get_lines()] == [6.0, 6.0]
+
+
+def test_cifar_is_shown_in_the_official_recipe_and_other_data_in_the_commonest():
+    small = {"model": {"depth": 8}, "recipe": {"epochs": 60}}
+    rows = []
+    for beta in (0.0, 0.9):
+        for seed in (0, 1):
+            rows += [
+                run(beta=beta, seed=seed, error=50.0, **small),
+                run("digits_lt", 100.0, beta=beta, seed=seed, **small),
+            ]
+        rows += [run(beta=beta, error=20.0), run("digits_lt", beta=beta, error=50.0, model={"depth": 14})]
+    figure = figures.error_against_beta(frame(rows))
+    assert suptitles(figure) == ["Long-tailed digits: 2 runs each, fp32", "Long-tailed CIFAR-10: 1 run each, fp32"]
+    assert [ax.get_lines()[0].get_ydata()[:2].tolist() for ax in figure.axes] == [[30.0, 30.0], [20.0, 20.0]]
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def test_without_runs_only_closed_forms_are_drawn(tmp_path):
+    empty = store.load(tmp_path)
+    assert [name for name, figure in drawn(empty).items() if figure] == ["fig3", "fig4", "fig6"]
+
+
+def test_miniature_draws_all_that_it_has_runs_for(miniature):
+    assert [name for name, figure in drawn(miniature).items() if not figure] == ["fig7", "fig9"]
+
+
+def test_figures_fit_a_paper_and_legends_cover_no_data(miniature):
+    for name, figure in drawn(miniature).items():
+        if figure is None:
+            continue
+        assert figure.get_figwidth() in (3.3, 6.9), name
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+        assert min(text.get_fontsize() for text in texts) >= 7, name
+        boxes = [part.get_tightbbox() for part in (*figure.axes, *figure.legends)]
+        boxes += [part.get_window_extent() for part in figure.findobj(Text) if part.get_text() in suptitles(figure)]
+        page = figure.bbox.padded(1)
+        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in boxes), name
+        assert all(page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes), name
+        for legend in figure.legends:
+            assert not any(legend.get_window_extent().overlaps(ax.get_tightbbox()) for ax in figure.axes), name
+        for ax in figure.axes:
+            if ax.get_legend():
+                box = ax.get_legend().get_window_extent()
+                for line in ax.get_lines():
+                    points = ax.transData.transform(np.transpose(line.get_data()))
+                    assert not any(box.contains(*point) for point in points), name
+
+
+def test_colours_and_markers_are_distinct():
+    _, colours, markers = zip(*figures.LOSSES.values(), strict=True)
+    for looks in (colours, markers, figures.BETAS.values(), figures.FACTOR_COLOURS.values()):
+        assert len(set(looks)) == 5
+
+
+def test_drawn_again_the_files_are_the_same_byte_by_byte(miniature, tmp_path):
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        figures.save(figures.fig5(miniature.runs, GRIDS), tmp_path / folder / "fig5")
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("first", "second"))
+    assert set(first) == {"fig5.svg", "fig5.png"}
+    assert first == second
+    assert b"date" not in first["fig5.svg"].split(b"<defs>")[0]
+
+
+# -- the script --------------------------------------------------------------------------------------------------------
+
+
+def test_script_draws_what_it_can_and_says_what_makes_the_rest(tmp_path, monkeypatch, capsys):
+    stale = tmp_path / "figures" / "fig8.png"
+    stale.parent.mkdir()
+    stale.touch()
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--results", str(tmp_path), "fig3", "fig8"])
+    script().main()
+    assert sorted(path.name for path in stale.parent.iterdir()) == ["fig3.png", "fig3.svg"]
+    assert "fig8: not drawn, for want of runs; make reproduce-table TABLE=grid10" in capsys.readouterr().out
+
+
+def test_script_draws_unpublished_runs_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--runs", str(MINIATURE), "--out", str(tmp_path), "fig5"])
+    script().main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fig5.png", "fig5.svg"]
+
+
+def test_script_names_the_nearest_figure(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", "fig55"])
+    with pytest.raises(ValueError, match="There is no figure 'fig55'; did you mean 'fig5'"):
+        script().main()

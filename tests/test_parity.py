@@ -1,0 +1,352 @@
+"""The fast paths give what the plain one gives: a captured step, runs side by side, whatever K and the neighbours.
+
+What needs no GPU is tested on the CPU, where runs side by side are interleaved epoch by epoch and every bit is held
+to. The tests marked gpu (`pytest -m gpu`) hold the CUDA graphs to the eager step, and say the tolerance.
+"""
+
+import contextlib
+import gc
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cbl import config, records
+from cbl.engine import estimate, evaluate, processes, resident
+from cbl.engine import step as engine_step
+from cbl.engine.job import Job, choose_device, prepare
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def digits(output_dir: Path, **changes: Any) -> config.Run:
+    """Some seconds of training; `loss__beta=0.9` sets loss.beta."""
+    values: dict[str, Any] = {
+        "dataset": {"name": "digits_lt"},
+        "model": {"depth": 8},
+        "recipe": {"epochs": 4, "batch_size": 64, "milestones": [3.0], "warmup_epochs": 1},
+        "engine": {"device": "cpu", "checkpoint_seconds": 0},
+        "tracking": {"mode": "off"},
+        "output_dir": str(output_dir),
+    }
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            values[group] = values.get(group, {}) | {name: value}
+        else:
+            values[group] = value
+    return config.from_mapping(values)
+
+
+def several(output_dir: Path, **changes: Any) -> list[config.Run]:
+    """Runs as unlike as those of a sweep, and one that diverges."""
+    unlike: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"seed": 2, "loss__kind": "focal", "loss__beta": 0.999},
+        {"seed": 1, "recipe__learning_rate": 1e30},  # NaN within the first epochs
+        {"seed": 3, "loss__kind": "sigmoid", "dataset": {"name": "digits_lt", "imbalance_factor": 20.0}},
+        {"seed": 4, "recipe__batch_size": 48, "recipe__epochs": 3},
+    ]
+    return [digits(output_dir, **changes | one) for one in unlike]
+
+
+def weights(run: config.Run) -> dict[str, torch.Tensor]:
+    return torch.load(records.folder_of(run) / "model.pt", weights_only=True)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three lanes in one process, which the CPU has not otherwise; the run ids in the order their epochs ended."""
+    order: list[str] = []
+    append = records.append_metrics
+    monkeypatch.setattr(processes, "count", lambda runs: 1)
+    monkeypatch.setattr(estimate, "lanes", lambda runs, say: 3)
+    monkeypatch.setattr(records, "append_metrics", lambda folder, row: (order.append(folder.name), append(folder, row)))
+    return order
+
+
+def one_by_one(runs: list[config.Run]) -> list[dict[str, Any]]:
+    return [resident.train([run])[0] for run in runs]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[config.Run, dict[str, Any]]]:
+    """The runs of `several`, each trained with nothing beside it."""
+    runs = several(tmp_path_factory.mktemp("alone"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "count", lambda runs: 1)
+        return list(zip(runs, one_by_one(runs), strict=True))
+
+
+def assert_as_alone(alone: list[tuple[config.Run, dict[str, Any]]], runs: list[config.Run], ended: list[dict]) -> None:
+    for (single, expected), run, record in zip(alone, runs, ended, strict=True):
+        assert record["status"] == expected["status"]
+        if record["status"] == "done":
+            assert same(weights(run), weights(single))
+            rows, others = (records.read_metrics(records.folder_of(one)) for one in (run, single))
+            assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in others]
+            assert [record[key] for key in ("error_last", "ece")] == [expected[key] for key in ("error_last", "ece")]
+        else:
+            assert record["failure"] == expected["failure"]  # at the same step
+
+
+def test_runs_side_by_side_give_the_bits_of_single_runs(tmp_path: Path, alone: Any, side_by_side: list[str]) -> None:
+    runs = several(tmp_path)
+    ended = resident.train(runs)
+    assert [record["status"] for record in ended] == ["done", "done", "failed", "done", "done"]
+    turns = sum(a != b for a, b in itertools.pairwise(side_by_side))
+    assert turns > len(runs), f"not interleaved: {side_by_side}"
+    assert_as_alone(alone, runs, ended)
+
+
+def test_whatever_the_neighbours(tmp_path: Path, alone: Any, side_by_side: list[str]) -> None:
+    """In another order, so that every run has other neighbours and begins at another moment."""
+    runs = several(tmp_path)
+    order = [3, 2, 0, 4, 1]
+    ended = dict(zip(order, resident.train([runs[number] for number in order]), strict=True))
+    assert_as_alone(alone, runs, [ended[number] for number in range(len(runs))])
+
+
+def test_stopped_and_resumed_side_by_side(tmp_path: Path, alone: Any, side_by_side: list[str]) -> None:
+    runs, stops = several(tmp_path), 0
+    for _ in range(60):
+        ended = resident.train(runs, deadline=time.monotonic() + 0.02)
+        if all(record["status"] in ("done", "failed") for record in ended):
+            break
+        stops += 1
+    assert stops >= 2, "nothing was stopped"
+    assert_as_alone(alone, runs, ended)
+
+
+def made_up_job(run: config.Run, device: torch.device, steps: int = 50) -> Job:
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    counts = np.full(10, -(-steps * run.recipe.batch_size // 10))
+    images = estimate.made_up(10, counts, 500, (32, 32, 3))
+    torch.random.set_rng_state(generator)
+    return prepare(run, device, images)
+
+
+def cifar_run(**changes: Any) -> config.Run:
+    values: dict[str, Any] = {"engine": {}, "recipe": {}, "model": {}, "loss": {"kind": "focal", "beta": 0.999}}
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        values[group][name] = value
+    return config.from_mapping(values)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+def test_the_backward_pass_computes_in_the_precision_of_the_forward_pass(dtype: str) -> None:
+    """torch allows TF32 in cuDNN's convolutions by default, and their backward pass asks when it runs."""
+    job = made_up_job(cifar_run(engine__dtype=dtype, model__depth=8, recipe__batch_size=2), CPU, steps=4)
+    seen: list[tuple[bool, bool]] = []
+
+    def look(gradient: torch.Tensor) -> None:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+    job.model.conv1.weight.register_hook(look)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    job.step.load(np.zeros((1, 4, 2)), np.zeros(1))
+    job.step()
+    assert seen == [(dtype == "tf32",) * 2]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+class Recorded:
+    """A CUDA graph as the CPU can stand in for it: replaying calls what was recorded."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class FakeStream:
+    def wait_stream(self, other: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    for name, stand_in in (("CUDAGraph", Recorded), ("Stream", FakeStream), ("current_stream", FakeStream)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    # private, and absent from a build for the CPU; torch's own users of graphs call it around a capture too
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+
+
+def test_capture_leaves_no_trace_of_its_warm_up(recorded: None) -> None:
+    """Weights, batch statistics, momentum and the counter are as before, in the same memory: the graph holds it."""
+    run = cifar_run(model__depth=8, recipe__batch_size=4)
+    plain, job = made_up_job(run, CPU, steps=8), made_up_job(run, CPU, steps=8)
+    momentum = [kept["momentum_buffer"] for kept in job.optimizer.state.values()]
+    changed = [*job.model.parameters(), *job.model.buffers(), *momentum, job.step.at, job.step.losses]
+    before, places = [tensor.clone() for tensor in changed], [tensor.data_ptr() for tensor in changed]
+    _, plan = next(job.stream.epochs(run.recipe))
+    for one in (plain, job):
+        one.step.load(plan, np.full(len(plan), 0.1))
+    engine_step.capture(job.step, changed)
+    assert all(torch.equal(a, b) for a, b in zip(before, changed, strict=True))
+    assert places == [tensor.data_ptr() for tensor in changed]
+    for one in (plain, job):
+        for _ in plan:
+            one.step()
+    np.testing.assert_array_equal(plain.step.epoch_losses(), job.step.epoch_losses())
+    assert same(plain.model.state_dict(), job.model.state_dict())
+
+
+def test_what_a_graph_reads_lives_as_long_as_its_replay(recorded: None) -> None:
+    """A graph keeps addresses, not tensors: memory that only the captured function held would be given to others."""
+    values = torch.ones(3)
+    freed: list[bool] = []
+
+    class Held:
+        def __del__(self) -> None:
+            freed.append(True)
+
+    def function(held: Held = Held()) -> torch.Tensor:  # noqa: B008  # as a closure over images on the device
+        return values
+
+    replay = engine_step.capture(function, [])
+    del function
+    gc.collect()
+    assert not freed
+    assert replay() is values
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def captured_and_eager(**changes: Any) -> tuple[Job, Job, config.Run]:
+    """The same run twice; deterministic, so that what differs is the capture."""
+    both = [
+        cifar_run(engine__device="cuda", engine__deterministic=True, engine__capture=c, **changes)
+        for c in (True, False)
+    ]
+    for run in both:
+        choose_device(run.engine)
+    return made_up_job(both[0], CUDA), made_up_job(both[1], CUDA), both[0]
+
+
+@pytest.fixture
+def not_deterministic() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("not_deterministic")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("tf32", 1e-3), ("bf16", 1e-2)])
+@pytest.mark.parametrize("kind", ["softmax", "focal"])
+def test_captured_step_equals_eager_step(dtype: str, tolerance: float, kind: str) -> None:
+    """50 steps of ResNet-32: losses within `tolerance` of themselves, weights within it of their largest."""
+    captured, eager, run = captured_and_eager(engine__dtype=dtype, loss__kind=kind)
+    _, plan = next(captured.stream.epochs(run.recipe))
+    for job in (captured, eager):
+        job.step.load(plan[:50], np.full(50, 0.02))
+        for _ in range(50):
+            job.advance()
+    assert captured.advance is not captured.step and eager.advance is eager.step
+    np.testing.assert_allclose(captured.step.epoch_losses(), eager.step.epoch_losses(), rtol=tolerance)
+    for name, expected in eager.model.state_dict().items():
+        close = tolerance * expected.abs().max().item()
+        torch.testing.assert_close(captured.model.state_dict()[name], expected, rtol=0, atol=close, msg=name)
+    torch.testing.assert_close(captured.predict(), eager.predict(), rtol=tolerance, atol=100 * tolerance)
+
+
+@pytest.mark.gpu
+def test_fp32_is_true_fp32_on_a_gpu_forwards_and_backwards() -> None:
+    """The gradient of one step against the CPU's: TF32 would be wrong in the third digit, fp32 in the sixth."""
+    gradients = []
+    for device in (CPU, CUDA):
+        job = made_up_job(cifar_run(engine__device=device.type, model__depth=8, recipe__weight_decay=0.0), device)
+        _, plan = next(job.stream.epochs(cifar_run().recipe))
+        job.step.load(plan[:1], np.zeros(1))
+        job.advance()
+        gradients.append([kept["momentum_buffer"].cpu() for kept in job.optimizer.state.values()])
+    for expected, found in zip(*gradients, strict=True):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_nothing_in_a_step_waits_for_the_host() -> None:
+    job = made_up_job(cifar_run(engine__device="cuda", engine__capture=False), CUDA)
+    job.step.load(np.zeros((4, 4, 128)), np.zeros(4))
+    job.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        job.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_its_neighbours() -> None:
+    """What a finished run gives back must not be what another's graph works in (cuBLAS's workspace, test images)."""
+    run = cifar_run(engine__device="cuda", model__depth=8)
+    jobs: list[Job] = []
+    for _ in range(40):  # more captures than torch has streams, and more data sets than stay in memory
+        with torch.cuda.stream(torch.cuda.Stream()):
+            jobs.append(made_up_job(run, CUDA, steps=4))
+    first = jobs[0]
+    expected = first.predict().clone()
+    del jobs
+    gc.collect()
+    torch.cuda.empty_cache()
+    given_back = torch.full((2**28,), float("nan"), device=CUDA)  # takes what they left
+    torch.testing.assert_close(first.predict(), expected, rtol=0, atol=1e-5)
+    _, plan = next(first.stream.epochs(run.recipe))
+    first.step.load(plan, np.full(len(plan), 0.01))
+    for _ in plan:
+        first.advance()
+    assert np.isfinite(first.step.epoch_losses()).all()
+    assert given_back.isnan().all(), "a graph wrote into memory that is another's"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("not_deterministic")
+def test_many_runs_on_one_gpu_give_the_bits_of_single_runs(tmp_path: Path) -> None:
+    """Deterministic kernels; 14 runs in 12 lanes, so that some begin while others are under way."""
+    on_gpu = {"engine": {"device": "cuda", "deterministic": True, "checkpoint_seconds": 0, "lanes": 12}}
+    many, singles = (
+        [
+            digits(tmp_path / name, seed=seed, loss__kind=kind, **on_gpu)
+            for seed in range(7)
+            for kind in ("softmax", "focal")
+        ]
+        for name in ("many", "single")
+    )
+    ended = resident.train(many)
+    assert [record["status"] for record in ended] == ["done"] * 14 and ended[0]["lanes"] == 12
+    for together, single in zip(many[::4], singles[::4], strict=True):
+        resident.train([single])
+        assert same(weights(together), weights(single))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_captured_evaluation_equals_eager_evaluation(dtype: str) -> None:
+    run = cifar_run(engine__device="cuda", engine__dtype=dtype)
+    job = made_up_job(run, CUDA)
+    images = estimate.made_up(10, np.full(10, 10), 300, (32, 32, 3)).test_images.to(CUDA)
+    eager = evaluate.predict(job.model, images, job.step.scaling, 300, dtype)
+    parts = evaluate.predict(job.model, images, job.step.scaling, 77, dtype)
+    torch.testing.assert_close(parts, eager, rtol=1e-2 if dtype == "bf16" else 1e-4, atol=1e-3)
+    replayed = engine_step.capture(lambda: evaluate.predict(job.model, images, job.step.scaling, 300, dtype), [])
+    torch.testing.assert_close(replayed(), eager, rtol=0, atol=0)

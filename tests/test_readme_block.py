@@ -1,0 +1,120 @@
+"""The README's results block is made from data, and is the one that results/ gives."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from make_miniature import MINIATURE
+
+from cbl import store
+from cbl.errors import UserError
+from cbl.report import readme, tables
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def miniature() -> pd.DataFrame:
+    return store.read_folders([MINIATURE / "runs"]).runs
+
+
+@pytest.fixture(scope="module")
+def nothing(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return store.load(tmp_path_factory.mktemp("results")).runs
+
+
+def test_the_readme_is_not_stale() -> None:
+    path = ROOT / "README.md"
+    if not path.exists():
+        pytest.skip("there is no README.md yet")
+    runs = store.load(ROOT / "results").runs
+    assert not readme.is_stale(path.read_text(encoding="utf-8"), runs), "run `make tables`"
+
+
+def test_published_tables_are_not_stale(tmp_path: Path) -> None:
+    published = ROOT / "results/tables"
+    if not published.exists():
+        pytest.skip("no tables are published yet")
+    runs = store.load(ROOT / "results").runs
+    for name in tables.NAMES:
+        if name == "1":
+            continue  # it may have been rendered with --counts
+        for path in tables.write(tables.build(name, runs), tmp_path):
+            assert (published / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), path.name
+
+
+def test_block_is_put_between_its_markers(miniature: pd.DataFrame, nothing: pd.DataFrame) -> None:
+    text = f"# Title\n\n{readme.BEGIN}\nstale words\n{readme.END}\n\n## Next\n"
+    assert readme.is_stale(text, miniature)
+    new = readme.replace_block(text, readme.block(miniature))
+    assert new.startswith("# Title\n\n") and new.endswith("\n\n## Next\n") and "stale words" not in new
+    assert not readme.is_stale(new, miniature)
+    assert readme.replace_block(new, readme.block(miniature)) == new
+    assert readme.is_stale(new, nothing)
+    assert readme.is_stale(new.replace("35.30", "35.31"), miniature)
+
+
+@pytest.mark.parametrize(
+    "text", ["", readme.BEGIN, f"{readme.END} {readme.BEGIN}", f"{readme.BEGIN}{readme.END}{readme.BEGIN}{readme.END}"]
+)
+def test_missing_markers_are_named(text: str, nothing: pd.DataFrame) -> None:
+    with pytest.raises(UserError, match="results:begin"):
+        readme.replace_block(text, readme.block(nothing))
+
+
+def test_without_runs_it_says_so_and_shows_no_number_of_ours(nothing: pd.DataFrame) -> None:
+    said = readme.block(nothing)
+    assert "Nothing was run yet: no result of ours is published" in said
+    assert "±" not in said and "What agrees" not in said
+    assert "- Table 2: all of 72 cells.\n" in said
+
+
+def test_sentences_count_what_is_there(miniature: pd.DataFrame) -> None:
+    said = readme.what_was_run(miniature)
+    done = miniature[miniature["status"] == "done"]
+    assert said[0].startswith(f"{len(done)} runs of {done['cell'].nunique()} settings: ")
+    assert f"fp32 ({(done['dtype'] == 'fp32').sum()}), bf16 (1)." in said[1]
+    assert f"{done['seconds'].sum() / 3600:.1f} hours on synthetic; code at synthetic." in said
+    assert said[-1] == "1 run failed and left no number."
+
+    built = {name: tables.build(name, miniature) for name in tables.NAMES}
+    table2 = next(sentence for sentence in readme.findings(built) if sentence.startswith("Table 2: "))
+    run = {cell.setting: cell for cell in built["2"].cells() if cell.values}
+    worse = [cell for cell in run.values() if cell.verdict == "worse"]
+    assert f"{len(run)} settings run, 0 within two standard errors of the paper, 1 better, {len(worse)} worse" in table2
+    assert "Better: Softmax on CIFAR-100 IF 100 (−6.68)." in table2
+    furthest = max(worse, key=lambda cell: cell.difference or 0.0)
+    assert f"Worse: Sigmoid on CIFAR-10 IF 1 ({tables.signed(furthest.difference or 0.0)}); " in table2
+    assert f"and {len(worse) - readme.NAMED} more." in table2
+    assert "a lower error than the same loss without it in 1 of 1 setting," in table2
+
+    gaps = sum(not cell.values for cell in built["2"].cells())
+    assert f"Table 2: {gaps} of 72 cells." in readme.not_run(built)
+    assert "Figure 9: all of 125 cells." in readme.not_run(built)
+
+
+def test_hours_are_of_the_device_that_runs_share(miniature: pd.DataFrame) -> None:
+    shared = miniature.assign(lanes=10, seconds=3600.0)
+    assert f"{(shared['status'] == 'done').sum() / 10:.1f} hours on" in " ".join(readme.what_was_run(shared))
+
+
+def test_every_row_and_table_has_its_command(nothing: pd.DataFrame) -> None:
+    said = readme.block(nothing)
+    for name in tables.NAMES[1:]:
+        assert f"`make reproduce-table TABLE={name}`" in said
+    assert "`make reproduce-table`" in said
+    rows = re.findall(r"^\| row (.*?) \| `python (scripts/\w+\.py) -m (.*?)` \|", said, re.MULTILINE)
+    assert [label for label, _, _ in rows] == list(tables.LABELS.values())
+    for _, script, arguments in rows:
+        assert (ROOT / script).exists()
+        for key, values in re.findall(r"(sweep|dataset|loss)=(\S+)", arguments):
+            for value in values.split(","):
+                assert (ROOT / f"configs/{key}/{value}.yaml").exists(), arguments
+        for pattern in re.findall(r"experiment=glob\((.*?)\)", arguments):
+            assert len(list((ROOT / "configs/experiment").glob(f"{pattern}.yaml"))) == 10
+
+
+def test_tables_of_the_block_have_all_their_columns(miniature: pd.DataFrame) -> None:
+    for part in re.findall(r"(?:^\|.*\n)+", readme.block(miniature), re.MULTILINE):
+        assert len({line.count("|") for line in part.splitlines()}) == 1

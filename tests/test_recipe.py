@@ -1,0 +1,139 @@
+"""The recipe against paper.md's facts of the official code: steps, learning rate, decay, image order."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbl import class_counts
+from cbl.config import Recipe
+from cbl.engine import recipe
+from cbl.models import resnet_cifar
+
+OFFICIAL = Recipe(drop=0.01)
+
+# (classes, n_max, imbalance factor, steps for 200 epochs)
+STEPS = [
+    (10, 5000, 200, 17504), (10, 5000, 100, 19384), (10, 5000, 50, 21868), (10, 5000, 20, 26598),
+    (10, 5000, 10, 31923), (10, 5000, 1, 78125), (20, 2500, 100, 17990), (100, 500, 200, 14846),
+    (100, 500, 100, 16948), (100, 500, 50, 19700), (100, 500, 20, 24854), (100, 500, 10, 30582), (100, 500, 1, 78125),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("classes", "n_max", "factor", "steps"), STEPS)
+def test_total_steps(classes: int, n_max: int, factor: int, steps: int) -> None:
+    assert recipe.total_steps(OFFICIAL, int(class_counts(classes, factor, n_max).sum())) == steps
+
+
+def test_learning_rate_around_its_changes() -> None:
+    n = 12800  # 100 steps an epoch
+    rate = [recipe.learning_rate(OFFICIAL, n, step) for step in range(20000)]
+    assert rate[0] == 0.0
+    assert rate[1] == pytest.approx(0.1 / 500)
+    assert rate[250] == pytest.approx(0.05)
+    assert rate[499] == pytest.approx(0.1 * 499 / 500)
+    assert rate[500] == rate[15999] == 0.1
+    assert rate[16000] == rate[17999] == pytest.approx(1e-3)
+    assert rate[18000] == rate[19999] == pytest.approx(1e-5)
+
+
+def test_learning_rate_changes_within_an_epoch() -> None:
+    """N is no multiple of the batch: epoch = step * 128 / N is taken before the update, with true division."""
+    n = 12406
+    first = next(step for step in range(19384) if recipe.learning_rate(OFFICIAL, n, step) < 0.05 and step > 1000)
+    assert first == -(-160 * n // 128) == 15508
+
+
+def test_epoch_steps_hold_every_step_once() -> None:
+    for n in (3, 304, 12406, 50000):
+        steps = [s for epoch in range(200) for s in recipe.epoch_steps(OFFICIAL, n, epoch)]
+        assert steps == list(range(recipe.total_steps(OFFICIAL, n)))
+
+
+@pytest.mark.parametrize(
+    ("scope", "kind", "without"),
+    [
+        ("official", "softmax", set()),
+        ("official", "focal", {"fc.bias"}),
+        ("official", "sigmoid", {"fc.bias"}),
+        ("everything", "focal", set()),
+        ("not_bn", "softmax", {"bn"}),
+        ("not_bn", "focal", {"bn", "fc.bias"}),
+        ("only_last_bias", "focal", {"all but fc.bias"}),
+    ],
+)
+def test_decay_scope(scope: str, kind: str, without: set[str]) -> None:
+    model = resnet_cifar(8, num_classes=10)
+    names = {id(p): name for name, p in model.named_parameters()}
+    norms = {
+        f"{n}.{w}" for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for w in ("weight", "bias")
+    }
+    expected = set()
+    for name in names.values():
+        decays = name != "fc.bias" if "fc.bias" in without else True
+        decays = decays and not ("bn" in without and name in norms)
+        if "all but fc.bias" in without:
+            decays = name == "fc.bias"
+        if decays:
+            expected.add(name)
+    groups = recipe.parameter_groups(model, Recipe(decay_scope=scope), kind)
+    assert {names[id(p)] for g in groups if g["weight_decay"] == 2e-4 for p in g["params"]} == expected
+    assert sum(len(g["params"]) for g in groups) == len(names)  # every parameter is trained, once
+    assert {g["weight_decay"] for g in groups} <= {0.0, 2e-4}
+
+
+def stream(n: int, batch: int, order: str = "shuffle", seed: int = 0, shift: int = 4) -> recipe.Stream:
+    return recipe.Stream(n, batch, seed, order, shift, True, np.arange(n))
+
+
+def rows(made: recipe.Stream, settings: Recipe, first: int = 0) -> np.ndarray:
+    """(4, images) everything that is drawn from epoch `first` on, in order."""
+    parts = [plan.transpose(1, 0, 2).reshape(4, -1) for _, plan in made.epochs(settings, first)]
+    return np.concatenate(parts, axis=1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 300), batch=st.integers(1, 64), epochs=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
+def test_shuffled_stream_is_epochs_of_permutations(n: int, batch: int, epochs: int, seed: int) -> None:
+    drawn = rows(stream(n, batch, seed=seed), Recipe(epochs=epochs, batch_size=batch))
+    assert drawn.shape == (4, n * epochs // batch * batch)
+    for begin in range(0, drawn.shape[1] - n + 1, n):
+        assert sorted(drawn[0, begin : begin + n]) == list(range(n))
+    assert drawn[1:3].min(initial=0) >= 0 and drawn[1:3].max(initial=0) <= 8
+    assert set(drawn[3]) <= {0, 1}
+
+
+@pytest.mark.parametrize("order", ["shuffle", "official_stream"])
+def test_stream_is_a_function_of_seed_and_epoch(order: str) -> None:
+    plan = Recipe(epochs=7, batch_size=32)
+    whole = rows(stream(101, 32, order), plan)
+    for first in range(7):  # what a resumed run draws
+        skipped = recipe.epoch_steps(plan, 101, first).start * 32
+        assert np.array_equal(rows(stream(101, 32, order), plan, first), whole[:, skipped:])
+    assert not np.array_equal(rows(stream(101, 32, order, seed=1), plan), whole)
+
+
+def test_first_draws_are_pinned() -> None:
+    """Published runs name their seed: what it means must never change."""
+    drawn = rows(stream(12406, 128), Recipe(epochs=1))
+    assert drawn[:, :4].tolist() == [[7912, 7137, 1881, 9452], [8, 8, 1, 6], [8, 4, 4, 1], [1, 1, 0, 1]]
+
+
+def test_official_stream_is_a_shuffle_buffer_over_sorted_records() -> None:
+    """The fact sheet's simulation for CIFAR-100: in the first batches only the first classes can appear."""
+    counts = class_counts(100, 100, 500)
+    labels = np.repeat(np.arange(100), counts)  # records sorted by class
+    n = len(labels)
+    made = stream(n, 128, "official_stream")
+    assert made.block_length == 2 * n // 128 * 128
+    drawn = labels[made.block(0)[0]]
+    reach = int(0.4 * n) + 3 * 128  # records in the buffer before the first one leaves it
+    for step in range(5):
+        last = labels[reach + 128 * (step + 1) - 1]
+        assert drawn[128 * step : 128 * (step + 1)].max() <= last
+        assert len(set(drawn[128 * step : 128 * (step + 1)])) <= 25
+    blocks = np.concatenate([labels[made.block(k)[0]] for k in range(10)])
+    share = np.bincount(blocks, minlength=100) / len(blocks) / (counts / n)
+    assert 1.10 < share[:10].mean() < 1.27  # drawn more often than uniform
+    assert 0.74 < share[90:].mean() < 0.87

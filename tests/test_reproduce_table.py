@@ -1,0 +1,123 @@
+"""The planner: which runs a table needs, against the paper's cells; interrupted, on a budget, with published runs."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import reproduce_table
+
+from cbl import config, records, store
+from cbl.report import paper
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(run: config.Run) -> tuple:
+    """What names a cell of the paper."""
+    gamma = run.loss.gamma if run.loss.kind == "focal" else None
+    return run.dataset.name, run.dataset.imbalance_factor, run.loss.kind, gamma, run.loss.beta
+
+
+def cells(frame: pd.DataFrame) -> set[tuple]:
+    columns = ["dataset", "imbalance_factor", "loss", "gamma", "beta"]
+    return {tuple(None if pd.isna(v) else v for v in row) for row in frame[columns].itertuples(index=False, name=None)}
+
+
+@pytest.mark.parametrize(("table", "runs"), [("digits", 25), ("1", 0), ("2", 70), ("grid10", 125), ("ablation", 88)])
+def test_distinct_runs_a_seed(table: str, runs: int) -> None:
+    planned = reproduce_table.plan(table, [0, 1])
+    assert len(planned) == len({config.run_id(run) for run in planned}) == 2 * runs
+    assert [run.seed for run in planned] == [0] * runs + [1] * runs  # an early end leaves whole seeds
+
+
+def test_table_2_is_the_papers() -> None:
+    planned = reproduce_table.plan("2", [0])
+    assert {settings(run) for run in planned} == cells(paper.table2())
+    assert all(config.overrides(run) == [] for run in planned)
+
+
+@pytest.mark.parametrize("table", ["grid10", "grid20", "grid100"])
+def test_grids_are_the_papers(table: str) -> None:
+    printed = paper.grids()
+    printed = printed[printed.dataset == f"cifar{table.removeprefix('grid')}_lt"]
+    assert {settings(run) for run in reproduce_table.plan(table, [0])} == cells(printed)
+
+
+def test_ablation_changes_one_detail_at_a_time() -> None:
+    planned = reproduce_table.plan("ablation", [0])
+    changes = Counter()
+    for run in planned:
+        changed = config.overrides(run) + ([run.loss.reduction] if run.loss.reduction != "batch" else [])
+        assert len(changed) <= 1
+        changes[changed[0] if changed else "official"] += 1
+    assert changes["official"] == 8  # softmax and focal, plain and balanced, two data sets
+    assert changes["weight_sum"] == 4  # without weights it is the official run
+    assert changes["model.prior_bias=false"] == 4  # softmax has none
+    assert len(changes) == 12
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    small = ["recipe.epochs=1", "engine.eval_every=1", "tracking=off"]
+    return [
+        sys.executable, "scripts/reproduce_table.py", "--seeds", "0", "--runs", str(folder / "runs"),
+        "--out", str(folder / "out"), *more, "--set", *small,
+    ]  # fmt: skip
+
+
+def test_interrupted_three_times_ends_with_the_same_table(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(parts), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        before = len(list(parts.glob("runs/*/done")))
+        while process.poll() is None and len(list(parts.glob("runs/*/done"))) == before:
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.5))
+        os.kill(process.pid, signal.SIGKILL)  # its workers end by themselves
+        process.wait()
+    done = subprocess.run(command(parts), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "25 runs: " in done.stdout
+    tables = [pd.read_csv(folder / "out/tables/digits.csv") for folder in (whole, parts)]
+    pd.testing.assert_frame_equal(*tables)
+    assert tables[0]["n"].max() == 1
+
+
+def test_dry_trains_nothing_and_budget_ends_cleanly(tmp_path: Path) -> None:
+    dry = subprocess.run(command(tmp_path, "--dry"), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "25 runs: 0 done" in dry.stdout and "of training on this machine" in dry.stdout
+    assert not (tmp_path / "runs").exists()
+    short = subprocess.run(command(tmp_path, "--budget", "0.01"), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "of 25 runs are left: the same command goes on with them" in short.stdout
+
+
+def test_published_runs_count_as_done_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = reproduce_table.plan("digits", [0])[0]
+    record = records.new_record(run) | {"status": "done", "error_last": 20.0, "error_best": 19.0}
+    folder = tmp_path / "elsewhere" / config.run_id(run)
+    folder.mkdir(parents=True)
+    records.write_record(folder, record)
+    (folder / "done").touch()
+    store.publish(store.read_folders([tmp_path / "elsewhere"]), tmp_path / "results")
+    arguments = ["--dry", "--seeds", "0", "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    for more, count in (([], 0), (["--reuse"], 1)):
+        monkeypatch.setattr(sys, "argv", ["reproduce_table.py", *arguments, *more])
+        assert reproduce_table.main() == 0
+        assert f"25 runs: {count} done" in capsys.readouterr().out
+
+
+def test_a_wrong_argument_is_one_sentence(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "scripts/reproduce_table.py", "--set", "loss.bta=1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and ended.stderr == "Unknown key 'loss.bta'; did you mean 'loss.beta'?\n"

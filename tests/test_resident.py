@@ -1,0 +1,337 @@
+"""The training loop: against a loop written from the paper's words, killed and resumed, failing, side by side."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import confusion_matrix
+
+from cbl import class_balanced_weights, config, data, records
+from cbl.engine import evaluate, processes, recipe, resident
+from cbl.engine.job import choose_device, prepare
+from cbl.engine.progress import Display
+from cbl.models import resnet_cifar
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New processes import torch for seconds; the test that is about them asks for them."""
+    if "spawned" not in request.node.name:
+        monkeypatch.setattr(processes, "count", lambda runs: 1)
+
+
+def digits(output_dir: Path, **changes: Any) -> config.Run:
+    """Some seconds of training; `loss__beta=0.9` sets loss.beta."""
+    values: dict[str, Any] = {
+        "dataset": {"name": "digits_lt"},
+        "model": {"depth": 8},
+        "recipe": {"epochs": 6, "batch_size": 64, "milestones": [4.0], "warmup_epochs": 2},
+        "engine": {"device": "cpu", "checkpoint_seconds": 0},
+        "tracking": {"mode": "off"},
+        "output_dir": str(output_dir),
+    }
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            values[group] = values.get(group, {}) | {name: value}
+        else:
+            values[group] = value
+    return config.from_mapping(values)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "focal"])
+def test_steps_equal_a_loop_written_from_the_paper(tmp_path: Path, kind: str) -> None:
+    """Twelve steps, image by image, with plain torch calls and nothing of cbl.engine but the drawn numbers.
+
+    In float64: in float32 one rounding at the corner of a ReLU would be all that is compared.
+    """
+    run = digits(tmp_path, loss__kind=kind, loss__beta=0.99)
+    images = data.load(run.dataset)
+    n, steps = len(images.subset), 12
+
+    model = resnet_cifar(8, num_classes=10, in_channels=1, prior_bias=kind == "focal", seed=run.seed).double()
+    last = [model.fc.bias]
+    rest = [p for p in model.parameters() if p is not last[0]]
+    groups = [{"params": rest, "weight_decay": 2e-4}]
+    groups.append({"params": last, "weight_decay": 2e-4 if kind == "softmax" else 0.0})
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False)
+    alpha = class_balanced_weights(images.counts, 0.99).float().double()  # the loss keeps float32 weights
+    drawn = np.concatenate(
+        [recipe.Stream(n, 64, 0, "shuffle", 1, False, np.arange(n)).block(k) for k in range(4)], axis=1
+    )
+    expected = []
+    for step in range(steps):
+        batch, labels = [], []
+        for position, dy, dx, _ in drawn[:, 64 * step : 64 * (step + 1)].T:
+            image = images.train_images[images.subset[position], :, :, 0].double()
+            padded = torch.zeros(10, 10, dtype=torch.float64)
+            padded[1:9, 1:9] = image
+            batch.append(padded[dy : dy + 8, dx : dx + 8] / 128 - 1)
+            labels.append(int(images.train_labels[images.subset[position]]))
+        logits, target = model(torch.stack(batch)[:, None]), torch.tensor(labels)
+        if kind == "softmax":
+            loss = (alpha[target] * F.cross_entropy(logits, target, reduction="none")).sum() / 64
+        else:
+            sign = 2.0 * F.one_hot(target, 10) - 1
+            p = torch.sigmoid(logits * sign)
+            loss = (alpha[target][:, None] * -(1 - p) * torch.log(p)).sum() / 64
+        epoch = step * 64 / n
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = float(np.float32(0.1 * min(1, epoch / 2)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+
+    job = prepare(run, choose_device(run.engine))
+    for part in (job.model, job.step.loss):
+        part.double()
+    for kept in job.optimizer.state.values():
+        kept["momentum_buffer"] = kept["momentum_buffer"].double()
+    job.step.losses = job.step.losses.double()
+    job.step.scaling = lambda pixels: pixels.permute(0, 3, 1, 2).double() / 128 - 1
+    losses = []
+    for begun, plan in job.stream.epochs(run.recipe):
+        plan[:, 0] = images.subset[plan[:, 0]]
+        job.step.load(plan, np.array([recipe.learning_rate(run.recipe, n, s) for s in begun]))
+        for _ in plan:
+            job.step()
+        losses += job.step.epoch_losses().tolist()
+        if len(losses) >= steps:
+            break
+    np.testing.assert_allclose(losses[:steps], expected, rtol=1e-9)
+
+
+def test_record_folder_and_columns(tmp_path: Path) -> None:
+    run = digits(tmp_path, loss__kind="focal", loss__beta=0.9)
+    (record,) = resident.train([run])
+    folder = records.folder_of(run)
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "done", "metrics.jsonl", "model.pt", "result.json"]
+    assert records.read_record(folder) == json.loads(json.dumps(record))
+    assert record["status"] == "done" and record["n_train"] == 304 and record["n_test"] == 500
+    missing = [name for name, value in records.row(record).items() if value is None]
+    assert set(missing) <= {"failure", "commit", "error_top5"}
+    assert len(record["per_class_error"]) == len(record["class_weights"]) == 10
+    assert record["error_last"] == pytest.approx(np.mean(record["per_class_error"]))  # the test set is balanced
+    rows = records.read_metrics(folder)
+    assert [row["step"] for row in rows] == [304 * (e + 1) // 64 for e in range(6)]
+    assert [row["test_error"] is not None for row in rows] == [False, True, False, True, False, True]
+    assert rows[-1]["test_error"] == record["error_last"]
+    assert record["error_best"] == min(row["test_error"] for row in rows if row["test_error"] is not None)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_done_runs_are_skipped(tmp_path: Path) -> None:
+    run = digits(tmp_path, engine__max_steps=3)
+    resident.train([run])
+    before = (records.folder_of(run) / "result.json").stat().st_mtime_ns
+    (record,) = resident.train([run])
+    assert record["status"] == "done" and record["skipped"] == "done before"
+    assert (records.folder_of(run) / "result.json").stat().st_mtime_ns == before
+
+
+def test_max_steps_ends_early_without_moving_the_milestones(tmp_path: Path) -> None:
+    run = digits(tmp_path, engine__max_steps=7)
+    (record,) = resident.train([run])
+    rows = records.read_metrics(records.folder_of(run))
+    assert record["steps"] == rows[-1]["step"] == 7
+    whole = digits(tmp_path)
+    resident.train([whole])
+    others = records.read_metrics(records.folder_of(whole))
+    assert rows[0]["train_loss"] == others[0]["train_loss"] and rows[0]["lr"] == others[0]["lr"]
+
+
+@pytest.mark.parametrize("order", ["shuffle", "official_stream"])
+def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, order: str) -> None:
+    whole, parts = (digits(tmp_path / name, recipe__image_order=order, loss__beta=0.9) for name in "ab")
+    (expected,) = resident.train([whole])
+    for _ in range(20):
+        # an epoch at least is trained each time, and hardly more
+        (record,) = resident.train([parts], deadline=time.monotonic() + 0.01)
+        if record["status"] == "done":
+            break
+        assert record["status"] == "running"
+    assert record["status"] == "done"
+    assert same(weights(records.folder_of(whole)), weights(records.folder_of(parts)))
+    timing = {"seconds", "images_per_second"}
+    a, b = (records.read_metrics(records.folder_of(run)) for run in (whole, parts))
+    assert [{k: v for k, v in row.items() if k not in timing} for row in a] == [
+        {k: v for k, v in row.items() if k not in timing} for row in b
+    ]
+    for key in ("error_last", "error_best", "per_class_error", "ece", "steps"):
+        assert record[key] == expected[key]
+
+
+def test_killed_between_the_last_step_and_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, killed = (digits(tmp_path / name, recipe__epochs=2) for name in "ab")
+    resident.train([whole])
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "measure", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            resident.train([killed])
+    (record,) = resident.train([killed])
+    assert record["status"] == "done"
+    assert same(weights(records.folder_of(whole)), weights(records.folder_of(killed)))
+
+
+def killed_and_resumed(run: config.Run, command: list[str], waits: list[float]) -> int:
+    """Runs `command`, kill -9 after each of `waits` seconds of training, then to its end; returns how often it hit."""
+    folder, hits = records.folder_of(run), 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for wait in waits:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        hits += process.wait() == -signal.SIGKILL
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
+    return hits
+
+
+def test_kill_9_at_random_and_resume(tmp_path: Path) -> None:
+    changes = ["experiment=digits", "loss=focal_g1", "loss.beta=0.9", "recipe.epochs=30", "engine.device=cpu"]
+    changes += ["engine.checkpoint_seconds=0", "engine.threads=1", "tracking=off"]
+    common = {"recipe__epochs": 30, "recipe__milestones": [32.0], "recipe__warmup_epochs": 5, "engine__eval_every": 5}
+    whole, killed = (digits(tmp_path / n, loss__kind="focal", loss__beta=0.9, **common) for n in ("whole", "killed"))
+    resident.train([whole])
+    command = [sys.executable, "scripts/train.py", f"output_dir={tmp_path / 'killed'}", *changes]
+    hits = killed_and_resumed(killed, command, list(np.random.default_rng().uniform(0.0, 0.8, size=2)))
+    assert hits >= 1, "the run ended before it could be killed"
+    assert same(weights(records.folder_of(whole)), weights(records.folder_of(killed)))
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_cifar_kill_9_and_resume(tmp_path: Path) -> None:
+    """As above on CIFAR-10, 40 steps of ResNet-8."""
+    changes = ["model.depth=8", "recipe.epochs=2", "dataset.imbalance_factor=200", "engine.checkpoint_seconds=0"]
+    changes += ["engine.max_steps=120", "engine.threads=1", "tracking=off", "engine.device=cpu"]
+    common = {"dataset": {"imbalance_factor": 200.0}, "recipe": {"epochs": 2}, "engine__max_steps": 120}
+    whole, killed = (digits(tmp_path / name, **common) for name in ("whole", "killed"))
+    resident.train([whole])
+    command = [sys.executable, "scripts/train.py", f"output_dir={tmp_path / 'killed'}", *changes]
+    killed_and_resumed(killed, command, [0.5, 2.0])
+    assert same(weights(records.folder_of(whole)), weights(records.folder_of(killed)))
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_three_epochs_of_cifar_learn(tmp_path: Path) -> None:
+    run = config.from_mapping(
+        {"recipe": {"epochs": 3, "warmup_epochs": 1}, "engine": {"device": "cpu"}, "tracking": {"mode": "off"},
+         "output_dir": str(tmp_path)}
+    )  # fmt: skip
+    (record,) = resident.train([run])
+    rows = records.read_metrics(records.folder_of(run))
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    assert record["error_last"] < 80
+
+
+def test_failures_are_recorded_and_leave_the_others_alone(tmp_path: Path) -> None:
+    diverging = digits(tmp_path, recipe__learning_rate=1e30)
+    empty = digits(tmp_path, dataset={"name": "digits_lt", "imbalance_factor": 1000})
+    fine = digits(tmp_path, engine__max_steps=3)
+    ended = resident.train([diverging, empty, fine])
+    assert [record["status"] for record in ended] == ["failed", "failed", "done"]
+    assert "step" in ended[0]["failure"] and "learning rate" in ended[0]["failure"]
+    assert records.read_record(records.folder_of(diverging))["status"] == "failed"
+    assert not records.is_done(records.folder_of(diverging))
+    assert not records.folder_of(empty).exists()  # refused before anything was written
+
+
+def test_spawned_processes_give_what_one_gives(tmp_path: Path) -> None:
+    runs, alone = ([digits(tmp_path / n, seed=seed, recipe__epochs=2) for seed in range(3)] for n in "ab")
+    assert processes.count(runs) > 1
+    ended = resident.train(runs)
+    for run, other, record in zip(runs, alone, ended, strict=True):
+        assert record["status"] == "done" and record["run_id"] == config.run_id(run)
+        resident.drive(other, Display(quiet=True))
+        assert same(weights(records.folder_of(run)), weights(records.folder_of(other)))
+
+
+def test_other_images_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    run = digits(tmp_path)
+    resident.train([run], deadline=time.monotonic() + 0.01)
+    path = records.folder_of(run) / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    content["state"]["subset_hash"] = "0000"
+    torch.save(content, path)
+    (record,) = resident.train([run])
+    assert record["status"] == "failed" and "other images" in record["failure"]
+
+
+def test_a_run_under_way_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    run = digits(tmp_path)
+    with records.lock(records.folder_of(run)):
+        (record,) = resident.train([run])
+    assert record["skipped"] == "another process is training it"
+    assert not (records.folder_of(run) / "result.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "bf16"])
+def test_other_dtypes_train(tmp_path: Path, dtype: str) -> None:
+    (record,) = resident.train([digits(tmp_path, engine__dtype=dtype, recipe__epochs=3)])
+    rows = records.read_metrics(tmp_path / record["run_id"])
+    assert record["status"] == "done" and rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model__shortcut": "strided"},
+        {"model__shortcut": "projection"},
+        {"model__init": "kaiming"},
+        {"loss__reduction": "weight_sum"},
+        {"recipe__input_scaling": "mean_std"},
+        {"recipe__decay_scope": "not_bn"},
+        {"recipe__decay_scope": "only_last_bias"},
+        {"model__prior_bias": True},
+        {"recipe__drop": 0.1},
+    ],
+)
+def test_every_ablated_detail_changes_the_run(tmp_path: Path, change: dict[str, Any]) -> None:
+    base, other = (
+        digits(tmp_path, loss__beta=0.9, recipe__epochs=5),
+        digits(tmp_path, loss__beta=0.9, recipe__epochs=5, **change),
+    )
+    ended = resident.train([base, other])
+    assert ended[0]["cell"] != ended[1]["cell"]
+    last = [records.read_metrics(records.folder_of(run))[-1]["train_loss"] for run in (base, other)]
+    assert last[0] != last[1]
+
+
+def test_calibration_equals_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2000, 7, generator=generator)
+    other = torch.randint(7, (2000,), generator=generator)
+    target = torch.where(torch.rand(2000, generator=generator) < 0.6, logits.argmax(1), other)
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row, label in zip(logits.double(), target, strict=True):
+        share = row.exp() / row.exp().sum()
+        bins.setdefault(int(share.max() * 15), []).append((share.max().item(), bool(share.argmax() == label)))
+    expected = sum(abs(sum(c for c, _ in b) - sum(hit for _, hit in b)) for b in bins.values()) / 2000
+    assert evaluate.calibration(logits, target)["ece"] == pytest.approx(100 * expected)
+
+
+def test_confusion_against_the_oracle() -> None:
+    logits, target = torch.randn(500, 5), torch.randint(5, (500,))
+    np.testing.assert_array_equal(evaluate.confusion(logits, target), confusion_matrix(target, logits.argmax(1)))

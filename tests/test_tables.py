@@ -1,0 +1,408 @@
+"""From recorded runs to tables: on the miniature store, on runs made here, and on none at all."""
+
+import dataclasses
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from make_miniature import MINIATURE, run
+from omegaconf import OmegaConf
+
+from cbl import config, records, store
+from cbl.errors import UserError
+from cbl.report import tables
+from cbl.report.tables import Cell, Panel, Table
+
+SHORT = {"model": {"depth": 8}, "recipe": {"epochs": 60, "batch_size": 64, "milestones": [48.0]}}  # as on the digits
+
+
+@pytest.fixture(scope="module")
+def miniature() -> pd.DataFrame:
+    return store.read_folders([MINIATURE / "runs"]).runs
+
+
+@pytest.fixture(scope="module")
+def nothing(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return store.load(tmp_path_factory.mktemp("results")).runs
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from [(run, error), ...] to rows of runs.csv, by way of that file."""
+    monkeypatch.setattr(records, "environment", lambda: {"commit": "synthetic", "torch": None, "versions": {}})
+
+    def rows(*ends: tuple[Any, float]) -> pd.DataFrame:
+        known = {"status": "done", "device": "synthetic"}
+        found = [
+            records.row(records.new_record(run) | known | {"error_last": error, "error_best": error - 0.25})
+            for run, error in ends
+        ]
+        pd.DataFrame(found).to_csv(tmp_path / "runs.csv", index=False)
+        return store.load(tmp_path).runs
+
+    return rows
+
+
+def at(panel: Panel, row: str, column: str) -> Cell:
+    [cells] = [cells for label, cells in panel.rows if label == row]
+    cell = cells[panel.columns.index(column)]
+    assert cell is not None
+    return cell
+
+
+# -- what a table is made of -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"), [("digits", 25), ("2", 72), ("grid10", 125), ("grid20", 125), ("grid100", 125), ("3", 54)]
+)
+def test_without_runs_every_cell_is_a_gap(name: str, cells: int, nothing: pd.DataFrame) -> None:
+    table = tables.build(name, nothing)
+    assert len(table.cells()) == cells
+    for panel in table.panels:
+        assert all(not cell.values and cell.verdict == "–" for cell in panel.cells())
+        assert all(tables.ours_text(cell) == tables.GAP for cell in panel.cells())
+    assert "Nothing of this table was run yet." in table.caption
+    assert (tables.tidy(table)["n"] == 0).all()
+
+
+def test_the_papers_numbers_are_in_their_places(nothing: pd.DataFrame) -> None:
+    ten, hundred, *_ = tables.build("2", nothing).panels
+    assert ten.columns == ["IF 200", "IF 100", "IF 50", "IF 20", "IF 10", "IF 1"]
+    assert at(ten, "Softmax", "IF 100").paper == 29.64
+    assert at(ten, "Focal γ 0.5", "IF 1").paper == 6.75
+    assert at(hundred, "Class-balanced", "IF 10").paper == 42.01
+    assert at(hundred, "Class-balanced", "IF 10").setting[:5] == ("cifar100_lt", 10, "focal", 0.5, 0.999)
+    assert at(hundred, "Gain of balancing", "IF 10").paper == pytest.approx(44.30 - 42.01)
+    grid = tables.build("grid20", nothing).panels[0]
+    assert at(grid, "Sigmoid β 0.99", "IF 200").paper == 54.82
+    assert at(grid, "Focal γ 2.0 β 0.9999", "IF 10").paper == 30.90
+    large = tables.build("3", nothing).panels[0]
+    assert at(large, "ResNet-101, CB Focal γ 0.5 β 0.999, 320 px", "iNat 2018 top-5").paper == 14.27
+
+
+def test_class_balanced_row_is_the_lowest_of_the_grid(nothing: pd.DataFrame) -> None:
+    table2 = tables.build("2", nothing).panels
+    for place, name in ((0, "grid10"), (1, "grid100")):
+        grid = tables.build(name, nothing).panels[0]
+        best = dict(table2[place].rows)["Class-balanced"]
+        assert tables.lowest(grid, "paper") == [cell.paper for cell in best[:5] if cell is not None]
+
+
+def test_unknown_table_is_one_sentence(nothing: pd.DataFrame) -> None:
+    with pytest.raises(UserError, match=r"no table 'grid1'; did you mean 'grid1"):
+        tables.build("grid1", nothing)
+
+
+# -- which runs a cell holds -------------------------------------------------------------------------------------------
+
+
+def test_cells_of_the_miniature(miniature: pd.DataFrame) -> None:
+    table = tables.build("2", miniature)
+    three = at(table.panels[0], "Softmax", "IF 100")
+    mine = miniature[
+        (miniature["loss"] == "softmax") & (miniature["imbalance_factor"] == 100) & (miniature["beta"] == 0)
+    ]
+    mine = mine[(mine["overrides"] == "") & (mine["dtype"] == "fp32") & (mine["dataset"] == "cifar10_lt")]
+    assert len(mine) == 3
+    assert three.values == tuple(mine.sort_values("seed")["error_last"])
+    assert three.seeds == ("0", "1", "2")
+    assert set(three.run_ids) == set(mine["run_id"])
+    assert three.sd == pytest.approx(mine["error_last"].std())
+    assert three.difference == pytest.approx(mine["error_last"].mean() - 29.64)
+    assert three.verdict == "worse"
+    assert three.best == tuple(mine.sort_values("seed")["error_best"])
+    one = at(table.panels[0], "Focal γ 1.0", "IF 50")
+    assert (len(one.values), one.sd) == (1, None)
+    # failed, under way, killed while it was copied
+    for panel, column in ((1, "IF 50"), (0, "IF 10"), (0, "IF 20")):
+        assert at(table.panels[panel], "Softmax", column).values == ()
+    for status in ("failed", "running"):
+        assert not any(cell.values for cell in tables.build("2", miniature.assign(status=status)).cells())
+
+
+def test_gains_are_paired_by_seed(miniature: pd.DataFrame, made: Any) -> None:
+    cell = at(tables.build("grid10", miniature).panels[1], "Softmax β 0.9999", "IF 100")
+    done = miniature[(miniature["dtype"] == "fp32") & (miniature["overrides"] == "") & (miniature["loss"] == "softmax")]
+    done = done[(done["dataset"] == "cifar10_lt") & (done["imbalance_factor"] == 100)]
+    errors = done.pivot_table(index="seed", columns="beta", values="error_last")
+    assert cell.values == pytest.approx((errors[0.0] - errors[0.9999]).tolist())
+    assert cell.paper == pytest.approx(29.64 - 27.63)
+    # seeds 0 and 1 of the one, 1 and 2 of the other: one pair, and no interval
+    ends = [(run("cifar10_lt", 50, "sigmoid", 0.0, seed), 20.0 + seed) for seed in (0, 1)]
+    ends += [(run("cifar10_lt", 50, "sigmoid", 0.99, seed), 10.0 + 3 * seed) for seed in (1, 2)]
+    cell = at(tables.build("grid10", made(*ends)).panels[1], "Sigmoid β 0.99", "IF 50")
+    assert (cell.values, cell.seeds, cell.interval) == ((8.0,), ("1",), None)
+
+
+def test_a_table_shows_one_dtype(made: Any) -> None:
+    def ends(dtype: str, seeds: range) -> list:
+        return [(run("cifar10_lt", 20, "softmax", 0.0, seed, engine={"dtype": dtype}), 17.0 + seed) for seed in seeds]
+
+    for most, other in (("fp32", "bf16"), ("bf16", "fp32")):
+        table = tables.build("grid10", made(*ends(most, range(3)), *ends(other, range(2))))
+        assert at(table.panels[0], "Softmax", "IF 20").values == (17.0, 18.0, 19.0)
+        assert f"All runs of ours are in {most}." in table.caption
+        assert f"2 done runs in {other} left out: a table shows one dtype." in table.notes
+    alone = (run("cifar10_lt", 10, "softmax", engine={"dtype": "bf16"}), 13.0)  # a gap all the same
+    table = tables.build("grid10", made(*ends("fp32", range(2)), alone))
+    assert at(table.panels[0], "Softmax", "IF 10").values == ()
+    table = tables.build("2", made(*ends("bf16", range(2)), *ends("fp32", range(2))))
+    assert "fp32" in table.caption  # of equals
+
+
+def test_other_settings_stay_out_of_a_cell(made: Any) -> None:
+    official = [(run("cifar10_lt", 100, "softmax", 0.9, seed), 30.0 + seed) for seed in (0, 1)]
+    others = [
+        (run("cifar10_lt", 100, "softmax", 0.9, seed, **changed), 50.0)
+        for seed in (2, 3)
+        for changed in (
+            {"model": {"depth": 20}},
+            {"recipe": {"epochs": 100}},
+            {"recipe": {"weight_decay": 1e-3}},
+            {"engine": {"max_steps": 10}},
+        )
+    ]
+    cell = at(tables.build("grid10", made(*official, *others)).panels[0], "Softmax β 0.9", "IF 100")
+    assert cell.values == (30.0, 31.0)
+
+
+def test_subset_seeds_are_told_apart(made: Any) -> None:
+    def end(seed: int, subset_seed: int, error: float) -> tuple:
+        one = run("cifar100_lt", 10, "softmax", 0.0, seed)
+        return dataclasses.replace(one, dataset=dataclasses.replace(one.dataset, subset_seed=subset_seed)), error
+
+    cell = at(tables.build("2", made(end(0, 1, 43.0), end(0, 0, 44.0))).panels[1], "Softmax", "IF 10")
+    assert (cell.seeds, cell.values) == (("0", "0.1"), (44.0, 43.0))
+
+
+def test_balanced_column_and_its_footnote(made: Any) -> None:
+    runs = made(
+        (run("cifar10_lt", 1, "sigmoid"), 6.3),
+        (run("cifar10_lt", 1, "sigmoid", recipe={"drop": 0.01}), 6.9),
+        (run("cifar100_lt", 1, "softmax", recipe={"drop": 0.01}), 30.0),
+    )
+    table = tables.build("2", runs)
+    assert at(table.panels[0], "Sigmoid", "IF 1").values == (6.3,)
+    assert at(table.panels[0], "Class-balanced", "IF 1") == at(table.panels[0], "Sigmoid", "IF 1")
+    assert dict(table.panels[0].rows)["Gain of balancing"][-1] is None
+    assert at(table.panels[1], "Softmax", "IF 1").values == ()
+    footnote = table.panels[2]
+    assert footnote.title == "IF 1 with the ×0.01 drops" and footnote.apart
+    assert at(footnote, "Sigmoid", "CIFAR-10").values == at(footnote, "Class-balanced", "CIFAR-10").values == (6.9,)
+    assert at(footnote, "Softmax", "CIFAR-100").verdict == "agrees"
+    assert len(table.cells()) == 72  # without the footnote
+
+
+def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFrame, made: Any) -> None:
+    panel = tables.build("ablation", miniature).panels[0]
+    assert panel.rows[0][0] == "Official configuration (%)"
+    assert len(at(panel, "Official configuration (%)", "Softmax").values) == 3
+    strided = at(panel, "Shortcut: strided slice", "Softmax")
+    errors = miniature[miniature["overrides"] == 'model.shortcut="strided"']["error_last"].tolist()
+    official = at(panel, "Official configuration (%)", "Softmax").values[0]
+    assert strided.values == pytest.approx((errors[0] - official,)) and strided.seeds == ("0",)
+
+    def end(error: float, seed: int, beta: float = 0.0, **changed: dict) -> tuple:
+        if "loss" in changed:
+            changed = {"loss": {"kind": "focal", "beta": beta} | changed["loss"]}
+        return run("cifar100_lt", 100, "focal", beta, seed, **changed), error
+
+    runs = made(
+        *(end(60.0 + seed, seed) for seed in (0, 1)),
+        *(end(61.0 + 3 * seed, seed, recipe={"drop": 0.1}) for seed in (0, 1)),
+        end(70.0, 0, recipe={"drop": 0.1}, model={"init": "kaiming"}),  # two details at once
+        end(71.0, 0, recipe={"weight_decay": 1e-3}),  # none of the planned ones
+        end(72.0, 0, engine={"max_steps": 10}),
+        end(58.0, 0, beta=0.9),
+        end(59.5, 0, beta=0.9, loss={"reduction": "weight_sum"}),
+    )
+    panel = tables.build("ablation", runs).panels[1]
+    drop = at(panel, "Learning rate drops: ×0.1", "Focal γ 1.0")
+    assert (drop.values, drop.interval) == ((1.0, 3.0), (1.0, 3.0))
+    assert at(panel, "Initial weights: Kaiming", "Focal γ 1.0").values == ()
+    assert at(panel, "recipe.weight_decay=0.001", "Focal γ 1.0").values == (11.0,)
+    assert not any("max_steps" in label for label, _ in panel.rows)
+    weighted = dict(panel.rows)["Loss divided by the sum of the drawn weights"]
+    assert weighted[2] is None  # at beta 0 it divides by the same
+    assert weighted[3] is not None and weighted[3].values == pytest.approx((1.5,))
+
+
+def test_the_ablation_has_a_row_for_every_planned_detail() -> None:
+    path = Path(__file__).parents[1] / "configs/table/ablation.yaml"
+    planned = OmegaConf.to_container(OmegaConf.load(path))["details"]
+    rows = [word.replace('"', "") for _, word in tables.DETAILS]  # as on a command line
+    assert sorted(rows) == sorted(planned)
+
+
+def test_digits_show_the_configuration_that_most_runs_have(made: Any) -> None:
+    ends = [
+        (run("digits_lt", 100, "softmax", beta, seed, **SHORT), 25.0 - 50 * beta)
+        for beta in (0, 0.9)
+        for seed in (0, 1)
+    ]
+    ends.append((run("digits_lt", 100, "softmax"), 90.0))  # the defaults, which are made for CIFAR
+    table = tables.build("digits", made(*ends))
+    assert at(table.panels[0], "Softmax", "β 0").values == (25.0, 25.0)
+    assert at(table.panels[1], "Softmax", "β 0.9").mean == pytest.approx(45.0)
+    assert table.caption.startswith("ResNet-8, 60 epochs, recipe.batch_size=64 recipe.milestones=[48.0].")
+    assert "1 done run with another network or schedule left out." in table.notes
+    assert not table.panels[0].with_paper
+
+
+def test_table1_computes_what_the_paper_has(nothing: pd.DataFrame) -> None:
+    table = tables.build("1", nothing)
+    checked = [cell for cell in table.panels[0].cells() if cell.setting.dataset in tables.SIZES]
+    assert len(checked) == 17 * 5 and {cell.verdict for cell in checked} == {"equal"}
+    assert at(table.panels[0], "CIFAR-100, IF 200", "largest / smallest").values == (250.0,)
+    assert at(table.panels[0], "iNaturalist 2018", "images").values == ()
+    assert table.notes == [
+        "Not checked here: iNaturalist 2017, iNaturalist 2018, ILSVRC 2012 (their counts need the data set's index)."
+    ]
+    given = tables.build("1", nothing, {"inaturalist2018": [1000, 2, 7]})
+    assert at(given.panels[0], "iNaturalist 2018", "largest / smallest").verdict == "equal"
+    assert at(given.panels[0], "iNaturalist 2018", "images").verdict == "differs"
+    assert tables.ours_text(at(given.panels[0], "iNaturalist 2018", "images")) == "1,009 ≠"
+    assert "iNaturalist 2018" not in given.notes[0]
+
+
+def test_table3_takes_runs_of_the_large_sets(made: Any) -> None:
+    def end(seed: int, error: float, size: int, **loss: Any) -> tuple:
+        official = {"dataset.name": "inaturalist2018", "model.depth": 50, "engine.dtype": "bf16", "seed": seed}
+        official |= config.official_large("inaturalist2018", loss["kind"]) | {"dataset.image_size": size}
+        nested: dict[str, Any] = {"loss": loss}
+        for key, value in official.items():
+            group, _, name = key.rpartition(".")
+            (nested.setdefault(group, {}) if group else nested)[name] = value
+        return config.from_mapping(nested), error
+
+    balanced = {"kind": "focal", "gamma": 0.5, "beta": 0.999}
+    runs = made(end(0, 43.0, 224, kind="softmax"), end(0, 35.5, 320, **balanced), end(1, 36.0, 320, **balanced))
+    panel = tables.build("3", runs).panels[0]
+    assert at(panel, "ResNet-50, Softmax, 224 px", "iNat 2018 top-1").values == (43.0,)
+    assert at(panel, "ResNet-50, CB Focal γ 0.5 β 0.999, 320 px", "iNat 2018 top-1").values == (35.5, 36.0)
+    assert at(panel, "ResNet-50, CB Focal γ 0.5 β 0.999, 224 px", "iNat 2018 top-1").values == ()
+    assert at(panel, "ResNet-50, Softmax, 224 px", "iNat 2018 top-5").values == ()
+
+
+# -- written out -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=tables.NAMES)
+def table(request: pytest.FixtureRequest, miniature: pd.DataFrame) -> Table:
+    return tables.build(request.param, miniature)
+
+
+def test_text_of_a_cell() -> None:
+    setting = tables.Setting("cifar10_lt", 100.0, "softmax", None, 0.0)
+    assert tables.ours_text(Cell("error", setting, 30.0, (29.0, 30.0, 31.0))) == "30.00 ± 1.00 (3) ≈"
+    assert tables.ours_text(Cell("error", setting, 30.0, (20.0,))) == "20.00 (1) ↓"
+    assert tables.ours_text(Cell("error", setting, None, (20.0, 21.0))) == "20.50 ± 0.71 (2)"
+    assert tables.ours_text(Cell("gain", setting, 1.0, (-2.0, 1.0), interval=(-2.0, 1.0))) == "−0.50 [−2.00, +1.00] (2)"
+    assert tables.ours_text(Cell("error", setting, 30.0)) == "–"
+    assert tables.paper_text(Cell("gain", setting, 1.0)) == "+1.00"
+
+
+def test_csv_holds_every_run_and_reads_back(table: Table, miniature: pd.DataFrame, tmp_path: Path) -> None:
+    paths = {path.suffix: path for path in tables.write(table, tmp_path / "tables")}
+    lines = pd.read_csv(paths[".csv"], dtype={"seeds": "str", "values": "str"})
+    assert len(lines) == sum(
+        cell.kind != "best" for panel in table.panels for cell in panel.cells()
+    )  # best-on-test is a column
+    known = dict(zip(miniature["run_id"], miniature["error_last"], strict=True))
+    for line in lines[lines["n"] > 0].to_dict("records"):
+        values = [float(value) for value in line["values"].split()]
+        assert len(values) == line["n"]
+        assert np.mean(values) == pytest.approx(line["mean"], abs=1e-3)
+        if line["kind"] == "error":
+            assert values == [known[name] for name in line["run_ids"].split()]
+            assert len(line["seeds"].split()) == line["n"]
+            assert line["best_on_test_mean"] < line["mean"]
+        if line["kind"] == "error" and line["paper"] > 0:
+            assert line["difference"] == pytest.approx(line["mean"] - line["paper"], abs=1e-3)
+            assert line["verdict"] in ("agrees", "better", "worse")
+    assert lines[lines["n"] == 0]["mean"].isna().all()
+
+
+def test_markdown_rows_have_all_their_columns(table: Table) -> None:
+    written = tables.markdown(table)
+    assert table.command in written and table.caption in written
+    for panel in table.panels:
+        lines = tables.panel_markdown(panel)
+        assert "\n".join(lines) in written
+        assert len(lines) == 2 + len(panel.rows)
+        assert {line.count("|") for line in lines} == {lines[1].count("|")}
+
+
+def test_markdown_marks_the_lowest(nothing: pd.DataFrame) -> None:
+    lines = tables.panel_markdown(tables.build("grid100", nothing).panels[0])
+    assert sum(line.count("**") for line in lines) == 2 * 5
+    assert any(line.startswith("| Focal γ 1.0 β 0.9 | **63.77** | – | **60.40** |") for line in lines)
+
+
+def test_latex_is_balanced_ascii(table: Table) -> None:
+    written = tables.latex(table)
+    assert written.isascii()
+    bare = re.sub(r"\\[{}]", "", written)
+    depth = np.cumsum([{"{": 1, "}": -1}.get(c, 0) for c in bare])
+    assert depth.min() == 0 and depth[-1] == 0
+    for name in ("table", "tabular"):
+        assert written.count(rf"\begin{{{name}}}") == written.count(rf"\end{{{name}}}") == len(table.panels)
+    for body in re.findall(r"\\midrule\n(.*?)\\bottomrule", written, re.DOTALL):
+        assert len({len(re.findall(r"(?<!\\)&", line)) for line in body.strip().split("\n")}) == 1
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles(miniature: pd.DataFrame, tmp_path: Path) -> None:
+    names = [path for name in tables.NAMES for path in tables.write(tables.build(name, miniature), tmp_path)]
+    inputs = "\\clearpage\n".join(rf"\input{{{path.stem}}}" for path in names if path.suffix == ".tex")
+    packages = r"\usepackage{booktabs,graphicx}"
+    document = rf"\documentclass{{article}}{packages}\begin{{document}}{inputs}\end{{document}}"
+    (tmp_path / "all.tex").write_text(document, encoding="ascii")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+
+
+@given(st.text(st.sampled_from('aZ09 &%$#_{}~^\\<>|"–−±≈↓↑≠βγ×√²')))
+def test_escape_leaves_no_special_character_bare(words: str) -> None:
+    escaped = tables.escape(words)
+    assert escaped.isascii()
+    rest = re.sub(r"\$[^$]+\$|\\[a-z]+\{\}|\\[&%$#_{}]", "", escaped)  # a formula, a command, an escaped character
+    assert not set(rest) & set('&%$#_{}~^\\<>|"')
+
+
+def test_terminal_output_is_plain_and_whole_in_a_file(table: Table) -> None:
+    file = io.StringIO()
+    tables.show(table, file)
+    said = file.getvalue()
+    assert "\x1b" not in said and max(map(len, said.splitlines())) <= 200
+    for panel in table.panels:
+        for cell in panel.cells():
+            if cell.kind in ("error", "gain", "difference") and not panel.apart:
+                assert cell.paper is None or tables.paper_text(cell) in said
+                assert cell.mean is None or tables.text(cell.mean, cell.kind) in said
+    assert " ".join(table.caption.split()) in " ".join(said.split())
+
+
+def test_narrow_terminal_folds_the_columns(miniature: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    table = tables.build("2", miniature)
+    tables.show(table, file)
+    said = re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())
+    assert max(map(len, said.splitlines())) <= 60
+    for cell in table.cells():
+        assert tables.paper_text(cell) in said
+        assert cell.mean is None or tables.text(cell.mean, cell.kind) in said
