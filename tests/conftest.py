@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_in_gpu import stand_in  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR = Path(os.environ.get("CBL_DATA", ROOT / "data"))

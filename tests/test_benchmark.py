@@ -22,7 +22,7 @@ from cbl.engine.micro_batches import CHECK_STEPS
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
 from cbl.report import bench_plot
-from cbl.report.bench_plot import BARE, COMPILED, EAGER, LOOP, OURS, REFERENCE
+from cbl.report.bench_plot import BARE, CAPTURED, COMPILED, EAGER, LOOP, OURS, REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -439,6 +439,36 @@ def test_mistakes_are_one_sentence(benchmark: ModuleType, arguments: list[str], 
         pytest.skip("there is a GPU here")
     with pytest.raises(UserError, match=f"^{message}"):
         benchmark.main(arguments)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.usefixtures("stand_in")
+def test_the_benchmark_measures_all_that_a_gpu_has(benchmark: ModuleType, tmp_path: Path) -> None:
+    bench = small_bench(benchmark, turns=1, lanes=[1, 2])
+    bench.size = dataclasses.replace(bench.size, device=torch.device("cuda"), n_test=8, steps=1)
+    benchmark.one_run(bench, "fp32", tmp_path)
+    benchmark.side_by_side(bench, "fp32", tmp_path)
+    found = [(row["section"], row["name"], row["runs"]) for row in bench.rows if row["section"] != "overhead"]
+    assert {name for section, name, _ in found if section == "one run"} >= {CAPTURED, "step, cuDNN search"}
+    assert [(name, runs) for section, name, runs in found if section == "side by side"] == [
+        ("streams", 1),
+        ("streams", 2),
+        ("streams, whole runs with evaluation", 1),
+        ("streams, whole runs with evaluation", 2),
+        ("stacked", 2),
+    ]
+    assert all(row["mebibytes"] is not None for row in bench.rows if row["section"] in ("one run", "side by side"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.usefixtures("stand_in")
+def test_the_whole_benchmark_on_a_gpu(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "processes", lambda bench: None)  # others, which have no stand-in
+    bench = small_bench(benchmark, dtypes=["fp32", "tf32"], lanes=[1, 2])
+    bench.size = dataclasses.replace(bench.size, device=torch.device("cuda"), n_test=8)
+    benchmark.cifar(bench)
+    assert bench.left_out == [] and {row["dtype"] for row in bench.rows if "dtype" in row} == {"fp32", "tf32"}
 
 
 @pytest.mark.slow

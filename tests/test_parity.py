@@ -4,7 +4,7 @@ What needs no GPU is tested on the CPU, where runs side by side are interleaved 
 to. The tests marked gpu (`pytest -m gpu`) hold the CUDA graphs to the eager step, and say the tolerance.
 """
 
-import contextlib
+import functools
 import gc
 import itertools
 import time
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stand_in_gpu import Graph
 
 from cbl import config, records
 from cbl.engine import estimate, evaluate, processes, resident
 from cbl.engine import step as engine_step
 from cbl.engine.job import Job, choose_device, prepare
+from cbl.engine.progress import Display
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -161,36 +163,7 @@ def test_the_backward_pass_computes_in_the_precision_of_the_forward_pass(dtype: 
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
-class Recorded:
-    """A CUDA graph as the CPU can stand in for it: replaying calls what was recorded."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-
-
-class FakeStream:
-    def wait_stream(self, other: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-    for name, stand_in in (("CUDAGraph", Recorded), ("Stream", FakeStream), ("current_stream", FakeStream)):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    for name in ("graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, nothing)
-    # private, and absent from a build for the CPU; torch's own users of graphs call it around a capture too
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-
-
-def test_capture_leaves_no_trace_of_its_warm_up(recorded: None) -> None:
+def test_capture_leaves_no_trace_of_its_warm_up(stand_in: list[Graph]) -> None:
     """Weights, batch statistics, momentum and the counter are as before, in the same memory: the graph holds it."""
     run = cifar_run(model__depth=8, recipe__batch_size=4)
     plain, job = made_up_job(run, CPU, steps=8), made_up_job(run, CPU, steps=8)
@@ -210,7 +183,7 @@ def test_capture_leaves_no_trace_of_its_warm_up(recorded: None) -> None:
     assert same(plain.model.state_dict(), job.model.state_dict())
 
 
-def test_what_a_graph_reads_lives_as_long_as_its_replay(recorded: None) -> None:
+def test_what_a_graph_reads_lives_as_long_as_its_replay(stand_in: list[Graph]) -> None:
     """A graph keeps addresses, not tensors: memory that only the captured function held would be given to others."""
     values = torch.ones(3)
     freed: list[bool] = []
@@ -227,6 +200,73 @@ def test_what_a_graph_reads_lives_as_long_as_its_replay(recorded: None) -> None:
     gc.collect()
     assert not freed
     assert replay() is values
+
+
+# -- the CUDA path on a stand-in for a GPU ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The measurement of how many runs to train at once takes two steps, not hundreds."""
+    short = functools.partial(estimate.images_per_second, steps=2, repeats=1)
+    monkeypatch.setattr(estimate, "images_per_second", short)
+
+
+@pytest.mark.usefixtures("quick")
+def test_runs_side_by_side_give_the_cpus_bits(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Captured steps and evaluations, lanes, a run that diverges: as one after another on the CPU."""
+    on_cpu = several(tmp_path / "cpu")
+    expected = [resident.drive(run, Display(len(on_cpu))) for run in on_cpu]
+    graphs: list[Graph] = request.getfixturevalue("stand_in")
+    on_gpu = several(tmp_path / "gpu", engine={"device": "cuda", "lanes": 3, "checkpoint_seconds": 0})
+    ended = resident.train(on_gpu)
+    assert len(graphs) == 2 * len(on_gpu) and all(graph.operations for graph in graphs)
+    assert [record["status"] for record in ended] == ["done", "done", "failed", "done", "done"]
+    for run, alone, other, record in zip(on_cpu, expected, on_gpu, ended, strict=True):
+        assert (record["device"], record["lanes"]) == ("stand-in", 3)
+        assert record.get("failure") == alone.get("failure")
+        if record["status"] == "done":
+            assert record["per_class_error"] == alone["per_class_error"] and same(weights(run), weights(other))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe__input_scaling": "mean_std", "loss__beta": 0.9, "loss__reduction": "weight_sum"},
+        {"recipe__image_order": "official_stream", "model__shortcut": "projection", "engine__capture": False},
+        {"model__shortcut": "strided", "loss__kind": "focal", "engine__eval_batch": 77},
+    ],
+)
+def test_every_part_of_the_step_is_on_the_device(
+    tmp_path: Path, request: pytest.FixtureRequest, changes: dict[str, Any]
+) -> None:
+    """And a run that is interrupted there and goes on: the CPU's bits, uninterrupted."""
+    whole = digits(tmp_path / "cpu", **changes)
+    resident.drive(whole, Display(2))
+    request.getfixturevalue("stand_in")
+    run = digits(tmp_path / "gpu", **changes | {"engine__device": "cuda"})
+    assert resident.drive(run, Display(2), deadline=time.monotonic())["status"] == "running"
+    assert 0 < records.read_metrics(records.folder_of(run))[-1]["step"] < 19
+    assert resident.drive(run, Display(2))["status"] == "done"
+    assert same(weights(whole), weights(run))
+
+
+@pytest.mark.usefixtures("quick", "stand_in")
+def test_how_many_runs_go_side_by_side_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [digits(tmp_path, seed=seed, engine__device="cuda") for seed in range(5)]
+    said: list[str] = []
+    width = estimate.lanes(runs, said.append)
+    assert width in (1, 2, 4) and said[0].startswith(f"{width} runs side by side: ")
+    for rates, expected in (([100, 190, 300], 4), ([100, 190, 195], 2), ([100, 90], 1)):
+        reached = iter(rates)
+        monkeypatch.setattr(estimate, "images_per_second", lambda lanes, reached=reached: next(reached))
+        assert estimate.lanes(runs, said.append) == expected
+
+
+@pytest.mark.usefixtures("quick", "stand_in")
+def test_hours_are_estimated(tmp_path: Path) -> None:
+    short, long = estimate.seconds([digits(tmp_path, engine__device="cuda", recipe__epochs=n) for n in (4, 40)], 2)
+    assert 0 < 5 * short < long
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

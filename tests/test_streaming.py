@@ -267,6 +267,25 @@ def test_trying_out_what_fits_changes_nothing(prepared: Path) -> None:
     assert not any(kept["momentum_buffer"].any() for kept in job.optimizer.state.values())
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize("changes", [{"engine__micro_batch": 2}, {"loss__reduction": "weight_sum"}])
+def test_on_a_stand_in_for_a_gpu_a_run_gives_the_cpus_bits(
+    prepared: Path, tmp_path: Path, request: pytest.FixtureRequest, changes: dict[str, Any]
+) -> None:
+    """Loader, micro-batches, evaluation, and the memory of an image, which is measured there."""
+    on_cpu = settings(prepared, tmp_path / "cpu", **changes)
+    expected = streaming.train(on_cpu)
+    request.getfixturevalue("stand_in")
+    on_gpu = settings(prepared, tmp_path / "gpu", **changes | {"engine__device": "cuda"})
+    record = streaming.train(on_gpu)
+    assert (record["status"], record["device"]) == ("done", "stand-in")
+    assert record["per_class_error"] == expected["per_class_error"] and all(
+        torch.equal(value, weights(records.folder_of(on_gpu))[name])
+        for name, value in weights(records.folder_of(on_cpu)).items()
+    )
+    assert record["memory_peak_mib"] == 3 and 0 < record["memory_per_image_mib"] <= 2
+
+
 @pytest.mark.gpu
 def test_memory_of_an_image_is_recorded_on_a_gpu(prepared: Path, tmp_path: Path) -> None:
     run = settings(prepared, tmp_path, engine__device="cuda", engine__dtype="bf16")
