@@ -2,9 +2,10 @@
 
 Tensors on "cuda" are CPU tensors of which it is remembered that they are. An operation that mixes them with others is
 refused, as CUDA does, and so is reading them as numpy. A graph records the operations of a capture and computes them
-again, into the same memory: what the captured code does besides operations on tensors is not repeated, and what would
-wait for the device is refused in it. Streams and events do nothing, as everything is done at once and in order: races,
-kernels, their rounding and their speed are what only a GPU can tell.
+again, into the same memory: what the captured code does besides operations on tensors is not repeated, what would wait
+for the device is refused in it, and tensors from before the capture are not kept alive by it. Streams and events do
+nothing, as everything is done at once and in order: races, kernels, their rounding and their speed are what only a GPU
+can tell.
 """
 
 import contextlib
@@ -31,6 +32,14 @@ def is_cpu(value: Any) -> bool:
     return isinstance(value, torch.device | str) and str(value) == "cpu"
 
 
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 class Memory:
     """Which storages are on the stand-in."""
 
@@ -38,7 +47,7 @@ class Memory:
         self.storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being given again
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self.storages
+        return storage_of(tensor) in self.storages
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         reference = StorageWeakRef(tensor.untyped_storage())
@@ -46,7 +55,7 @@ class Memory:
         return tensor
 
     def free(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.storages.pop(tensor.untyped_storage()._cdata, None)
+        self.storages.pop(storage_of(tensor), None)
         return tensor
 
 
@@ -62,7 +71,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)]
         held = [MEMORY.holds(tensor) for tensor in tensors]
         if self.record is not None and any(held) and (func in WAITS or (func is COPY and not all(held))):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
@@ -73,7 +82,7 @@ class Operations(TorchDispatchMode):
         result = func(*args, **kwargs)
         if any(held) and func is not COPY:
             for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.Tensor):
+                if is_tensor(leaf):
                     MEMORY.take(leaf)
         if self.record is not None:
             self.record.append((func, args, kwargs, result))
@@ -104,9 +113,23 @@ class Functions(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is not torch.Tensor.to:
             return MEMORY.take(result)
-        if here != to_cuda and result.untyped_storage()._cdata == args[0].untyped_storage()._cdata:
+        if here != to_cuda and storage_of(result) == storage_of(args[0]):
             result = result.clone()  # another device is other memory
         return MEMORY.take(result) if to_cuda else MEMORY.free(result) if here else result
+
+
+class Outside:
+    """A tensor that was there before a capture: the graph knows its address, and does not keep it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.dtype, self.place = tensor.dtype, (tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def __call__(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise RuntimeError("A graph uses memory that was given back.")
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
 
 
 class Graph:
@@ -115,16 +138,28 @@ class Graph:
     def __init__(self) -> None:
         self.operations: list[tuple[Callable, tuple, dict, Any]] = []
 
+    def end(self) -> None:
+        """Lets go of all tensors that were not made in the capture."""
+        inside: set[int] = set()
+        seen: set[int] = set()
+        for _, args, kwargs, result in self.operations:
+            seen |= set(map(storage_of, filter(is_tensor, tree_leaves((args, kwargs)))))
+            inside |= set(map(storage_of, filter(is_tensor, tree_leaves(result)))) - seen
+            seen |= inside
+
+        def let_go(leaf: Any) -> Any:
+            return Outside(leaf) if is_tensor(leaf) and storage_of(leaf) not in inside else leaf
+
+        self.operations = [(func, *tree_map(let_go, rest)) for func, *rest in self.operations]
+
     def replay(self) -> None:
         with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
-            self._compute()
-
-    def _compute(self) -> None:
-        for func, args, kwargs, recorded in self.operations:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+            for func, *rest in self.operations:
+                args, kwargs, recorded = tree_map(lambda leaf: leaf() if isinstance(leaf, Outside) else leaf, rest)
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
+                    if is_tensor(old) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
 
 class Stream:
@@ -147,6 +182,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
             yield
         finally:
             operations.record = None
+            cuda_graph.end()
             graphs.append(cuda_graph)
 
     replaced = {

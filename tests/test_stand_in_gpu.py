@@ -48,3 +48,17 @@ def test_a_graph_repeats_operations_and_nothing_else() -> None:
         capture(lambda: x.sum().item(), [], warm_up=0)
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         capture(lambda: x.copy_(torch.ones(2)), [], warm_up=0)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_graph_keeps_no_tensor_from_before_its_capture() -> None:
+    x = torch.ones(2, device=CUDA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = 2 * (x + 1)
+    x.fill_(4)
+    graph.replay()
+    assert y.tolist() == [10, 10]
+    del x
+    with pytest.raises(RuntimeError, match="memory that was given back"):
+        graph.replay()
