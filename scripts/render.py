@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cbl import records, store
 from cbl.errors import UserError
-from cbl.report import page, readme, tables
+from cbl.report import formats, page, readme, tables
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
     published = not asked.runs and not asked.out
     folder = asked.results / "tables" if published else asked.out or Path("outputs/tables")
-    written = [path for name in asked.tables for path in tables.write(built[name], folder)]
+    written = [path for name in asked.tables for path in formats.write(built[name], folder)]
     written.append((asked.results if published else folder) / "index.html")
     records.write_text(written[-1], page.page(built, found.runs, asked.results / "figures"))
     if published and asked.readme.exists():

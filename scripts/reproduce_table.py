@@ -98,7 +98,7 @@ def main() -> int:
 
 def render(asked: argparse.Namespace, published: store.Store | None) -> None:
     """The table from the run folders, and from published runs where these count; shown, and written under --out."""
-    from cbl.report import page, tables
+    from cbl.report import formats, page, tables
 
     held = store.read_folders([asked.runs] if Path(asked.runs).is_dir() else [])
     for warning in held.warnings:
@@ -106,8 +106,8 @@ def render(asked: argparse.Namespace, published: store.Store | None) -> None:
     if published is not None:
         held = store.merge(published, held)
     table = tables.build(asked.table, held.runs)
-    tables.show(table)
-    written = tables.write(table, asked.out / "tables")
+    formats.show(table)
+    written = formats.write(table, asked.out / "tables")
     html = asked.out / f"{written[0].stem}.html"
     records.write_text(html, page.page({asked.table: table}, held.runs))
     print("Written:", *written, html)

@@ -9,7 +9,7 @@ from make_miniature import MINIATURE
 
 from cbl import store
 from cbl.errors import UserError
-from cbl.report import readme, tables
+from cbl.report import formats, readme, tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +40,7 @@ def test_published_tables_are_not_stale(tmp_path: Path) -> None:
     for name in tables.NAMES:
         if name == "1":
             continue  # it may have been rendered with --counts
-        for path in tables.write(tables.build(name, runs), tmp_path):
+        for path in formats.write(tables.build(name, runs), tmp_path):
             assert (published / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), path.name
 
 
@@ -85,7 +85,7 @@ def test_sentences_count_what_is_there(miniature: pd.DataFrame) -> None:
     assert f"{len(run)} settings run, 0 within two standard errors of the paper, 1 better, {len(worse)} worse" in table2
     assert "Better: Softmax on CIFAR-100 IF 100 (−6.68)." in table2
     furthest = max(worse, key=lambda cell: cell.difference or 0.0)
-    assert f"Worse: Sigmoid on CIFAR-10 IF 1 ({tables.signed(furthest.difference or 0.0)}); " in table2
+    assert f"Worse: Sigmoid on CIFAR-10 IF 1 ({formats.signed(furthest.difference or 0.0)}); " in table2
     assert f"and {len(worse) - readme.NAMED} more." in table2
     assert "a lower error than the same loss without it in 1 of 1 setting," in table2
 

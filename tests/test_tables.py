@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from cbl import config, records, store
 from cbl.errors import UserError
-from cbl.report import tables
+from cbl.report import formats, tables
 from cbl.report.tables import Cell, Panel, Table
 
 SHORT = {"model": {"depth": 8}, "recipe": {"epochs": 60, "batch_size": 64, "milestones": [48.0]}}  # as on the digits
@@ -69,9 +69,9 @@ def test_without_runs_every_cell_is_a_gap(name: str, cells: int, nothing: pd.Dat
     assert len(table.cells()) == cells
     for panel in table.panels:
         assert all(not cell.values and cell.verdict == "–" for cell in panel.cells())
-        assert all(tables.ours_text(cell) == tables.GAP for cell in panel.cells())
+        assert all(formats.ours_text(cell) == formats.GAP for cell in panel.cells())
     assert "Nothing of this table was run yet." in table.caption
-    assert (tables.tidy(table)["n"] == 0).all()
+    assert (formats.tidy(table)["n"] == 0).all()
 
 
 def test_the_papers_numbers_are_in_their_places(nothing: pd.DataFrame) -> None:
@@ -94,7 +94,7 @@ def test_class_balanced_row_is_the_lowest_of_the_grid(nothing: pd.DataFrame) -> 
     for place, name in ((0, "grid10"), (1, "grid100")):
         grid = tables.build(name, nothing).panels[0]
         best = dict(table2[place].rows)["Class-balanced"]
-        assert tables.lowest(grid, "paper") == [cell.paper for cell in best[:5] if cell is not None]
+        assert formats.lowest(grid, "paper") == [cell.paper for cell in best[:5] if cell is not None]
 
 
 def test_unknown_table_is_one_sentence(nothing: pd.DataFrame) -> None:
@@ -270,7 +270,7 @@ def test_table1_computes_what_the_paper_has(nothing: pd.DataFrame) -> None:
     given = tables.build("1", nothing, {"inaturalist2018": [1000, 2, 7]})
     assert at(given.panels[0], "iNaturalist 2018", "largest / smallest").verdict == "equal"
     assert at(given.panels[0], "iNaturalist 2018", "images").verdict == "differs"
-    assert tables.ours_text(at(given.panels[0], "iNaturalist 2018", "images")) == "1,009 ≠"
+    assert formats.ours_text(at(given.panels[0], "iNaturalist 2018", "images")) == "1,009 ≠"
     assert "iNaturalist 2018" not in given.notes[0]
 
 
@@ -303,16 +303,18 @@ def table(request: pytest.FixtureRequest, miniature: pd.DataFrame) -> Table:
 
 def test_text_of_a_cell() -> None:
     setting = tables.Setting("cifar10_lt", 100.0, "softmax", None, 0.0)
-    assert tables.ours_text(Cell("error", setting, 30.0, (29.0, 30.0, 31.0))) == "30.00 ± 1.00 (3) ≈"
-    assert tables.ours_text(Cell("error", setting, 30.0, (20.0,))) == "20.00 (1) ↓"
-    assert tables.ours_text(Cell("error", setting, None, (20.0, 21.0))) == "20.50 ± 0.71 (2)"
-    assert tables.ours_text(Cell("gain", setting, 1.0, (-2.0, 1.0), interval=(-2.0, 1.0))) == "−0.50 [−2.00, +1.00] (2)"
-    assert tables.ours_text(Cell("error", setting, 30.0)) == "–"
-    assert tables.paper_text(Cell("gain", setting, 1.0)) == "+1.00"
+    assert formats.ours_text(Cell("error", setting, 30.0, (29.0, 30.0, 31.0))) == "30.00 ± 1.00 (3) ≈"
+    assert formats.ours_text(Cell("error", setting, 30.0, (20.0,))) == "20.00 (1) ↓"
+    assert formats.ours_text(Cell("error", setting, None, (20.0, 21.0))) == "20.50 ± 0.71 (2)"
+    assert (
+        formats.ours_text(Cell("gain", setting, 1.0, (-2.0, 1.0), interval=(-2.0, 1.0))) == "−0.50 [−2.00, +1.00] (2)"
+    )
+    assert formats.ours_text(Cell("error", setting, 30.0)) == "–"
+    assert formats.paper_text(Cell("gain", setting, 1.0)) == "+1.00"
 
 
 def test_csv_holds_every_run_and_reads_back(table: Table, miniature: pd.DataFrame, tmp_path: Path) -> None:
-    paths = {path.suffix: path for path in tables.write(table, tmp_path / "tables")}
+    paths = {path.suffix: path for path in formats.write(table, tmp_path / "tables")}
     lines = pd.read_csv(paths[".csv"], dtype={"seeds": "str", "values": "str"})
     assert len(lines) == sum(
         cell.kind != "best" for panel in table.panels for cell in panel.cells()
@@ -333,23 +335,23 @@ def test_csv_holds_every_run_and_reads_back(table: Table, miniature: pd.DataFram
 
 
 def test_markdown_rows_have_all_their_columns(table: Table) -> None:
-    written = tables.markdown(table)
+    written = formats.markdown(table)
     assert table.command in written and table.caption in written
     for panel in table.panels:
-        lines = tables.panel_markdown(panel)
+        lines = formats.panel_markdown(panel)
         assert "\n".join(lines) in written
         assert len(lines) == 2 + len(panel.rows)
         assert {line.count("|") for line in lines} == {lines[1].count("|")}
 
 
 def test_markdown_marks_the_lowest(nothing: pd.DataFrame) -> None:
-    lines = tables.panel_markdown(tables.build("grid100", nothing).panels[0])
+    lines = formats.panel_markdown(tables.build("grid100", nothing).panels[0])
     assert sum(line.count("**") for line in lines) == 2 * 5
     assert any(line.startswith("| Focal γ 1.0 β 0.9 | **63.77** | – | **60.40** |") for line in lines)
 
 
 def test_latex_is_balanced_ascii(table: Table) -> None:
-    written = tables.latex(table)
+    written = formats.latex(table)
     assert written.isascii()
     bare = re.sub(r"\\[{}]", "", written)
     depth = np.cumsum([{"{": 1, "}": -1}.get(c, 0) for c in bare])
@@ -362,7 +364,7 @@ def test_latex_is_balanced_ascii(table: Table) -> None:
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 def test_latex_compiles(miniature: pd.DataFrame, tmp_path: Path) -> None:
-    names = [path for name in tables.NAMES for path in tables.write(tables.build(name, miniature), tmp_path)]
+    names = [path for name in tables.NAMES for path in formats.write(tables.build(name, miniature), tmp_path)]
     inputs = "\\clearpage\n".join(rf"\input{{{path.stem}}}" for path in names if path.suffix == ".tex")
     packages = r"\usepackage{booktabs,graphicx}"
     document = rf"\documentclass{{article}}{packages}\begin{{document}}{inputs}\end{{document}}"
@@ -375,7 +377,7 @@ def test_latex_compiles(miniature: pd.DataFrame, tmp_path: Path) -> None:
 
 @given(st.text(st.sampled_from('aZ09 &%$#_{}~^\\<>|"–−±≈↓↑≠βγ×√²')))
 def test_escape_leaves_no_special_character_bare(words: str) -> None:
-    escaped = tables.escape(words)
+    escaped = formats.escape(words)
     assert escaped.isascii()
     rest = re.sub(r"\$[^$]+\$|\\[a-z]+\{\}|\\[&%$#_{}]", "", escaped)  # a formula, a command, an escaped character
     assert not set(rest) & set('&%$#_{}~^\\<>|"')
@@ -383,14 +385,14 @@ def test_escape_leaves_no_special_character_bare(words: str) -> None:
 
 def test_terminal_output_is_plain_and_whole_in_a_file(table: Table) -> None:
     file = io.StringIO()
-    tables.show(table, file)
+    formats.show(table, file)
     said = file.getvalue()
     assert "\x1b" not in said and max(map(len, said.splitlines())) <= 200
     for panel in table.panels:
         for cell in panel.cells():
             if cell.kind in ("error", "gain", "difference") and not panel.apart:
-                assert cell.paper is None or tables.paper_text(cell) in said
-                assert cell.mean is None or tables.text(cell.mean, cell.kind) in said
+                assert cell.paper is None or formats.paper_text(cell) in said
+                assert cell.mean is None or formats.text(cell.mean, cell.kind) in said
     assert " ".join(table.caption.split()) in " ".join(said.split())
 
 
@@ -400,9 +402,9 @@ def test_narrow_terminal_folds_the_columns(miniature: pd.DataFrame, monkeypatch:
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
     table = tables.build("2", miniature)
-    tables.show(table, file)
+    formats.show(table, file)
     said = re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())
     assert max(map(len, said.splitlines())) <= 60
     for cell in table.cells():
-        assert tables.paper_text(cell) in said
-        assert cell.mean is None or tables.text(cell.mean, cell.kind) in said
+        assert formats.paper_text(cell) in said
+        assert cell.mean is None or formats.text(cell.mean, cell.kind) in said

@@ -14,22 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from cbl.config import Recipe
+from cbl.report.formats import MARKS, common_n, is_lowest, lowest, paper_text, signed, text
 from cbl.report.readme import findings, not_run, what_was_run
-from cbl.report.tables import (
-    MARKS,
-    TITLES,
-    Cell,
-    Panel,
-    Table,
-    common_n,
-    is_lowest,
-    lowest,
-    paper_text,
-    plural,
-    setting_label,
-    signed,
-    text,
-)
+from cbl.report.tables import TITLES, Cell, Panel, Table, plural, setting_label
 
 LARGEST_FIGURE = 400_000  # bytes of an SVG that is taken in
 

@@ -10,20 +10,8 @@ import pandas as pd
 
 from cbl.errors import UserError
 from cbl.report import tables
-from cbl.report.tables import (
-    BOLD,
-    LABELS,
-    TITLES,
-    Cell,
-    Panel,
-    Table,
-    ours_text,
-    panel_markdown,
-    paper_text,
-    plural,
-    setting_label,
-    signed,
-)
+from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
+from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Table, plural, setting_label
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMED = 3  # cells named in a sentence; the others are counted
