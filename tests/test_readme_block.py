@@ -79,7 +79,7 @@ def test_sentences_count_what_is_there(miniature: pd.DataFrame) -> None:
     assert said[-1] == "1 run failed and left no number."
 
     built = {name: tables.build(name, miniature) for name in tables.NAMES}
-    table2 = next(sentence for sentence in readme.findings(built) if sentence.startswith("Table 2: "))
+    table2 = next(sentence for sentence in readme.findings(built, miniature) if sentence.startswith("Table 2: "))
     run = {cell.setting: cell for cell in built["2"].cells() if cell.values}
     worse = [cell for cell in run.values() if cell.verdict == "worse"]
     assert f"{len(run)} settings run, 0 within two standard errors of the paper, 1 better, {len(worse)} worse" in table2
@@ -118,3 +118,16 @@ def test_every_row_and_table_has_its_command(nothing: pd.DataFrame) -> None:
 def test_tables_of_the_block_have_all_their_columns(miniature: pd.DataFrame) -> None:
     for part in re.findall(r"(?:^\|.*\n)+", readme.block(miniature), re.MULTILINE):
         assert len({line.count("|") for line in part.splitlines()}) == 1
+
+
+def test_another_dtype_is_held_against_fp32_on_pairs(miniature: pd.DataFrame) -> None:
+    done = miniature[(miniature["status"] == "done") & (miniature["dtype"] == "fp32")].reset_index(drop=True)
+    assert readme._dtypes(done) == []
+    shift = pd.Series([0.5 if number % 2 else 1.5 for number in range(len(done))])
+    other = done.assign(dtype="bf16", error_last=done["error_last"] + shift.astype("Float64"))
+    stranger = other.assign(beta=0.5)  # no run in fp32 is like it
+    (said,) = readme._dtypes(pd.concat([done, other, stranger], ignore_index=True))
+    mean = f"{shift.mean():+.2f}"
+    assert f"{len(done)} pairs of runs" in said and f"the error in bf16 is {mean} points from that in fp32 [" in said
+    low, high = (float(value) for value in re.search(r"interval \+([\d.]+), \+([\d.]+)\]", said).groups())
+    assert 0.5 < low < shift.mean() < high < 1.5

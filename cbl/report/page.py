@@ -59,7 +59,7 @@ keys to see them.</p>
 
 def _head(built: Mapping[str, Table], runs: pd.DataFrame) -> str:
     parts = [f"<h2>What was run</h2>\n<p>{escape(' '.join(what_was_run(runs)))}</p>"]
-    if said := findings(built):
+    if said := findings(built, runs):
         parts.append(f"<h2>What agrees, and what does not</h2>\n{_list(said)}")
     parts.append(f"<h2>What was not run</h2>\n<p>{escape(' '.join(not_run(built)))}</p>")
     recipe = Recipe()

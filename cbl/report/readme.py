@@ -12,6 +12,7 @@ from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
 from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Table, plural, setting_label
+from cbl.report.verdict import SAME, bootstrap
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMED = 3  # cells named in a sentence; the others are counted
@@ -32,7 +33,7 @@ def block(runs: pd.DataFrame) -> str:
         lines += [f"### {table.title}", "", f"{table.caption} {legend}", ""]
         for panel in table.panels[:2]:
             lines += [f"**{panel.title}**", "", *_stacked(panel), ""]
-    if said := findings(built):
+    if said := findings(built, runs):
         lines += ["### What agrees, and what does not", "", *(f"- {sentence}" for sentence in said), ""]
     lines += ["### What was not run", "", *(f"- {sentence}" for sentence in not_run(built)), ""]
     lines += ["### Which command gives what", "", *_commands(built), "", END]
@@ -72,13 +73,16 @@ def what_was_run(runs: pd.DataFrame) -> list[str]:
     return [*said, f"{plural(failed, 'run')} failed and left no number."] if failed else said
 
 
-def findings(built: Mapping[str, Table]) -> list[str]:
-    """What the tables say about the paper: agreement cell by cell, gains of class balancing, details that matter."""
+def findings(built: Mapping[str, Table], runs: pd.DataFrame) -> list[str]:
+    """What the tables say about the paper: agreement cell by cell, gains of class balancing, details that matter.
+
+    Last, what another arithmetic than fp32 does to the error.
+    """
     said = []
     for table in built.values():
         if sentences := _agreement(table) + _gains(table) + _changes(table):
             said.append(f"{table.short}: {' '.join(sentences)}")
-    return said
+    return said + _dtypes(runs)
 
 
 def not_run(built: Mapping[str, Table]) -> list[str]:
@@ -137,6 +141,23 @@ def _changes(table: Table) -> list[str]:
     clear.sort(key=lambda cell: -abs(cell.mean or 0.0))
     said = f"{plural(len(changes), 'change')} run, in {len(clear)} the 95 % interval of the effect leaves out zero"
     return [f"{said}: {_listed(clear, [cell.mean or 0.0 for cell in clear])}." if clear else f"{said}."]
+
+
+def _dtypes(runs: pd.DataFrame) -> list[str]:
+    """Every dtype against fp32, on pairs of runs that are alike in all else, seeds included."""
+    done = runs[(runs["status"] == "done") & runs["error_last"].notna()]
+    alike = [name for name in (*SAME, "beta", "reduction", "seed", "subset_seed") if name != "dtype"]
+    paired = done.merge(done[done["dtype"] == "fp32"], on=alike, suffixes=("", "_fp32"))
+    said = []
+    for dtype, found in paired[paired["dtype"] != "fp32"].groupby("dtype"):
+        gain = bootstrap((found["error_last"] - found["error_last_fp32"]).astype("float").tolist())
+        low, high = gain.interval or (gain.mean, gain.mean)
+        sets = ", ".join(TITLES.get(name, name) for name in found["dataset"].unique())
+        said.append(
+            f"Arithmetic: {plural(gain.n, 'pair')} of runs ({sets}) differ in dtype alone; the error in {dtype} is "
+            f"{signed(gain.mean)} points from that in fp32 [95 % interval {signed(low)}, {signed(high)}]."
+        )
+    return said
 
 
 def _listed(cells: list[Cell], points: list[float]) -> str:
