@@ -255,6 +255,9 @@ def _departures(run: Run) -> dict[str, Any]:
         skipped.add("loss.gamma")
     if run.loss.beta == 0:
         skipped.add("loss.reduction")  # all weights are 1: both divide by the batch size
+    same = {"official", "everything"}
+    if run.loss.kind == "softmax" and {run.recipe.decay_scope, default["recipe.decay_scope"]} == same:
+        skipped.add("recipe.decay_scope")  # the official code exempts the last bias for the other losses alone
     if run.dataset.name == "folder":
         skipped.discard("dataset.root")  # there it says which images
     elif run.dataset.name not in LARGE:

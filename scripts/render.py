@@ -27,7 +27,7 @@ def main() -> None:
     folder = asked.results / "tables" if published else asked.out or Path("outputs/tables")
     written = [path for name in asked.tables for path in formats.write(built[name], folder)]
     written.append((asked.results if published else folder) / "index.html")
-    records.write_text(written[-1], page.page(built, found.runs, asked.results / "figures"))
+    records.write_text(written[-1], page.page(built, found.runs, None if asked.runs else asked.results / "figures"))
     if published and asked.readme.exists():
         old = asked.readme.read_text(encoding="utf-8")
         records.write_text(asked.readme, readme.replace_block(old, readme.block(found.runs)))

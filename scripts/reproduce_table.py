@@ -6,6 +6,7 @@ python scripts/reproduce_table.py --table 2 --budget 3600          # stop cleanl
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ def say_plan(runs: Sequence[config.Run], done: set[str]) -> None:
 
 
 def main() -> int:
+    began = time.monotonic()
     asked = arguments()
     runs = plan(asked.table, asked.seeds, [f"engine.device={asked.device}", f"output_dir={asked.runs}", *asked.set])
     published = store.load(asked.results) if asked.reuse else None
@@ -78,9 +80,11 @@ def main() -> int:
     say_plan(runs, done)
     missing = [run for run in runs if config.run_id(run) not in done]
 
-    from cbl.engine import estimate  # torch only now: a wrong argument is refused at once
+    from cbl.engine import estimate, processes  # torch only now: a wrong argument is refused at once
 
-    if asked.dry or asked.budget or len(missing) > 1:
+    if processes.count(runs) > 1:  # also the last one left: with other threads torch adds in another order
+        missing = [dataclasses.replace(run, engine=dataclasses.replace(run.engine, threads=1)) for run in missing]
+    if asked.dry or asked.budget is not None or len(missing) > 1:
         each = estimate.seconds(missing)
         if asked.dry:
             for run, taken in zip(missing, each, strict=True):
@@ -88,7 +92,7 @@ def main() -> int:
         print(f"About {_spoken(sum(each))} of training on this machine, from a short measurement.", flush=True)
     if asked.dry:
         return 0
-    deadline = time.monotonic() + asked.budget if asked.budget else float("inf")
+    deadline = float("inf") if asked.budget is None else began + asked.budget
     ended = train(missing, deadline) if missing else []
     if left := sum(record["status"] == "running" for record in ended):
         print(f"{left} of {len(runs)} runs are left: the same command goes on with them.")

@@ -286,7 +286,7 @@ OTHERWISE = {
     "recipe.momentum": (0.0, True),
     "recipe.nesterov": (True, True),
     "recipe.weight_decay": (5e-4, True),
-    "recipe.decay_scope": ("everything", True),
+    "recipe.decay_scope": ("not_bn", True),
     "recipe.warmup_epochs": (0, True),
     "recipe.milestones": ([100.0], True),
     "recipe.drop": (0.1, True),

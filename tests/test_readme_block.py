@@ -82,7 +82,10 @@ def test_sentences_count_what_is_there(miniature: pd.DataFrame) -> None:
     table2 = next(sentence for sentence in readme.findings(built, miniature) if sentence.startswith("Table 2: "))
     run = {cell.setting: cell for cell in built["2"].cells() if cell.values}
     worse = [cell for cell in run.values() if cell.verdict == "worse"]
-    assert f"{len(run)} settings run, 0 within two standard errors of the paper, 1 better, {len(worse)} worse" in table2
+    assert (
+        f"{len(run)} numbers compared, 0 within two standard errors of the paper, 1 better, {len(worse)} worse"
+        in table2
+    )
     assert "Better: Softmax on CIFAR-100 IF 100 (−6.68)." in table2
     furthest = max(worse, key=lambda cell: cell.difference or 0.0)
     assert f"Worse: Sigmoid on CIFAR-10 IF 1 ({formats.signed(furthest.difference or 0.0)}); " in table2
@@ -92,6 +95,15 @@ def test_sentences_count_what_is_there(miniature: pd.DataFrame) -> None:
     gaps = sum(not cell.values for cell in built["2"].cells())
     assert f"Table 2: {gaps} of 72 cells." in readme.not_run(built)
     assert "Figure 9: all of 125 cells." in readme.not_run(built)
+
+
+def test_top_1_and_top_5_are_two_numbers_of_one_setting() -> None:
+    setting = tables.Setting("inaturalist2018", None, "softmax", None, 0.0, "", "resnet50", 90)
+    cells = [tables.Cell("error", setting, 42.86, (50.0,)), tables.Cell("error", setting, 21.31, (21.3,))]
+    table = tables.Table("3", "Table 3: large data sets", "", "", [tables.Panel("", ["top-1", "top-5"], [("", cells)])])
+    said = " ".join(readme._agreement(table))
+    assert said.startswith("2 numbers compared, 1 within two standard errors of the paper, 0 better, 1 worse")
+    assert "Worse: ResNet-50, Softmax on iNaturalist 2018 (+7.14)." in said
 
 
 def test_hours_are_of_the_device_that_runs_share(miniature: pd.DataFrame) -> None:
@@ -112,7 +124,7 @@ def test_every_row_and_table_has_its_command(nothing: pd.DataFrame) -> None:
             for value in values.split(","):
                 assert (ROOT / f"configs/{key}/{value}.yaml").exists(), arguments
         for pattern in re.findall(r"experiment=glob\((.*?)\)", arguments):
-            assert len(list((ROOT / "configs/experiment").glob(f"{pattern}.yaml"))) == 10
+            assert len(list((ROOT / "configs/experiment").glob(f"{pattern}.yaml"))) == 12
 
 
 def test_tables_of_the_block_have_all_their_columns(miniature: pd.DataFrame) -> None:

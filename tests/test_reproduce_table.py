@@ -30,7 +30,7 @@ def cells(frame: pd.DataFrame) -> set[tuple]:
     return {tuple(None if pd.isna(v) else v for v in row) for row in frame[columns].itertuples(index=False, name=None)}
 
 
-@pytest.mark.parametrize(("table", "runs"), [("digits", 25), ("1", 0), ("2", 70), ("grid10", 125), ("ablation", 88)])
+@pytest.mark.parametrize(("table", "runs"), [("digits", 25), ("1", 0), ("2", 70), ("grid10", 125), ("ablation", 84)])
 def test_distinct_runs_a_seed(table: str, runs: int) -> None:
     planned = reproduce_table.plan(table, [0, 1])
     assert len(planned) == len({config.run_id(run) for run in planned}) == 2 * runs
@@ -60,6 +60,7 @@ def test_ablation_changes_one_detail_at_a_time() -> None:
     assert changes["official"] == 8  # softmax and focal, plain and balanced, two data sets
     assert changes["weight_sum"] == 4  # without weights it is the official run
     assert changes["model.prior_bias=false"] == 4  # softmax has none
+    assert changes['recipe.decay_scope="everything"'] == 4  # which is what the official code does for softmax
     assert len(changes) == 12
 
 
@@ -69,6 +70,23 @@ def command(folder: Path, *more: str) -> list[str]:
         sys.executable, "scripts/reproduce_table.py", "--seeds", "0", "--runs", str(folder / "runs"),
         "--out", str(folder / "out"), *more, "--set", *small,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ("dataset.imbalance_factor=200", "dataset.imbalance_factor=200 does not suit digits_lt: "),
+        ("dataset=folder", "There is no folder "),
+    ],
+)
+def test_settings_that_suit_no_data_are_one_sentence(tmp_path: Path, changes: str, sentence: str) -> None:
+    done = subprocess.run([*command(tmp_path, "--dry"), changes], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and sentence in done.stderr
+
+
+def test_a_budget_of_nothing_trains_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(command(tmp_path, "--budget", "0"), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "25 of 25 runs are left" in done.stdout and not list(tmp_path.glob("runs/*"))
 
 
 def test_interrupted_three_times_ends_with_the_same_table(tmp_path: Path) -> None:

@@ -268,6 +268,22 @@ def test_spawned_processes_give_what_one_gives(tmp_path: Path) -> None:
         assert same(weights(records.folder_of(run)), weights(records.folder_of(other)))
 
 
+def test_the_last_run_left_of_many_takes_one_thread_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits would be others with more: torch adds in another order."""
+    runs = [digits(tmp_path, seed=seed, recipe__epochs=2) for seed in range(2)]
+    resident.drive(runs[0], Display(quiet=True))
+    given: list[tuple[int, list[config.Run]]] = []
+
+    def train(left: list[config.Run], workers: int, *rest: Any) -> list[tuple[int, dict[str, Any]]]:
+        given.append((workers, left))
+        return [(0, resident.drive(left[0], Display(quiet=True)))]
+
+    monkeypatch.setattr(processes, "count", lambda runs: min(2, len(runs)))
+    monkeypatch.setattr(processes, "train", train)
+    assert [record["status"] for record in resident.train(runs)] == ["done", "done"]
+    assert given == [(1, runs[1:])]
+
+
 def test_other_images_under_the_same_name_are_refused(tmp_path: Path) -> None:
     run = digits(tmp_path)
     resident.train([run], deadline=time.monotonic() + 0.01)

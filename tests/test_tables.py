@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import reproduce_table
 from hypothesis import given
 from hypothesis import strategies as st
 from make_miniature import MINIATURE, run
@@ -272,6 +273,9 @@ def test_table1_computes_what_the_paper_has(nothing: pd.DataFrame) -> None:
     assert at(given.panels[0], "iNaturalist 2018", "images").verdict == "differs"
     assert formats.ours_text(at(given.panels[0], "iNaturalist 2018", "images")) == "1,009 ≠"
     assert "iNaturalist 2018" not in given.notes[0]
+    rounded = tables.build("1", nothing, {"imagenet": [1300, 732], "inaturalist2017": [3919, 9]})  # to two decimals
+    for name in ("ILSVRC 2012", "iNaturalist 2017"):
+        assert at(rounded.panels[0], name, "largest / smallest").verdict == "equal"
 
 
 def test_table3_takes_runs_of_the_large_sets(made: Any) -> None:
@@ -291,6 +295,23 @@ def test_table3_takes_runs_of_the_large_sets(made: Any) -> None:
     assert at(panel, "ResNet-50, CB Focal γ 0.5 β 0.999, 320 px", "iNat 2018 top-1").values == (35.5, 36.0)
     assert at(panel, "ResNet-50, CB Focal γ 0.5 β 0.999, 224 px", "iNat 2018 top-1").values == ()
     assert at(panel, "ResNet-50, Softmax, 224 px", "iNat 2018 top-5").values == ()
+
+
+def test_table3_takes_loss_and_balancing_apart(made: Any) -> None:
+    planned = reproduce_table.plan("3", [0])
+    added = [run for run in planned if (run.loss.kind == "softmax") == (run.loss.beta > 0)]
+    assert len(added) == 6 and len(planned) == 33
+    runs = made(*((run, 40.0 + number) for number, run in enumerate(added)))
+    apart = tables.build("3", runs).panels[1]
+    assert apart.apart and [label for label, _ in apart.rows] == [
+        "Softmax",
+        "Softmax β 0.999",
+        "Focal γ 0.5",
+        "Focal γ 0.5 β 0.999",
+    ]
+    shown = [cell.values for _, cells in apart.rows for cell in cells if cell is not None and cell.values]
+    assert sorted(value for values in shown for value in values) == [40.0 + number for number in range(6)]
+    assert at(apart, "Softmax", "iNat 2018 top-5").paper == 21.31 and at(apart, "Focal γ 0.5", "iNat 2018 top-1").values
 
 
 # -- written out -------------------------------------------------------------------------------------------------------

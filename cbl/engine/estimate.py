@@ -107,8 +107,7 @@ def seconds(runs: Sequence[config.Run], steps: int = 6) -> list[float]:
         if run.dataset.name in config.LARGE:
             each.append(synthetic.seconds(run))  # one after another, each on all devices
             continue
-        classes, n_max, n_test, _ = SIZES[run.dataset.name]
-        n = int(longtail.class_counts(classes, run.dataset.imbalance_factor, n_max).sum())
+        n, n_test = _images(run)
         alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
         if alike not in rates:
             rates[alike] = _measure(run, n_test, steps)
@@ -117,6 +116,19 @@ def seconds(runs: Sequence[config.Run], steps: int = 6) -> list[float]:
         total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
         each.append((total_steps * per_step + evaluations * n_test * per_test_image) / at_once)
     return each
+
+
+def _images(run: config.Run) -> tuple[int, int]:
+    """Training and test images of `run`; raises `UserError` for an imbalance factor that leaves a class empty."""
+    name, factor = run.dataset.name, run.dataset.imbalance_factor
+    if name not in SIZES:
+        images = data.load(run.dataset)
+        return len(images.subset), len(images.test_labels)
+    classes, n_max, n_test, _ = SIZES[name]
+    try:
+        return int(longtail.class_counts(classes, factor, n_max).sum()), n_test
+    except ValueError as error:
+        raise UserError(f"dataset.imbalance_factor={factor:g} does not suit {name}: {error}") from None
 
 
 def _prepared(run: config.Run, device: torch.device, n_test: int | None = None, steps: int = 8) -> Job:

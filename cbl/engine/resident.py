@@ -45,8 +45,9 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
                 end(number, records.read_record(folder) | {"skipped": "done before"})
         waiting = [number for number in range(len(runs)) if number not in ended]
         left = [runs[number] for number in waiting]
-        if (workers := processes.count(left)) > 1:
-            for place, record in processes.train(left, workers, deadline, quiet=display.bars is not None):
+        if left and (workers := processes.count(runs)) > 1:  # by all: the last one left takes one thread too
+            quiet = display.bars is not None
+            for place, record in processes.train(left, min(workers, len(left)), deadline, quiet):
                 end(waiting[place], record)
         else:
             width = estimate.lanes(left, display.say)

@@ -103,13 +103,14 @@ def _asked(table: Table) -> list[Cell]:
 
 
 def _agreement(table: Table) -> list[str]:
-    run = {cell.setting: cell for cell in table.cells() if cell.values and cell.paper is not None}
+    # by setting: at imbalance factor 1 of Table 2 two cells are one run; with top-1 and top-5 one run is two numbers
+    run = {(cell.setting, cell.paper): cell for cell in table.cells() if cell.values and cell.paper is not None}
     if not run:
         return []
     count = Counter(cell.verdict for cell in run.values())
     mean = sum(cell.difference or 0.0 for cell in run.values()) / len(run)
     said = [
-        f"{plural(len(run), 'setting')} run, {count['agrees']} within two standard errors of the paper, "
+        f"{plural(len(run), 'number')} compared, {count['agrees']} within two standard errors of the paper, "
         f"{count['better']} better, {count['worse']} worse, {signed(mean)} points on average."
     ]
     for verdict in ("better", "worse"):
@@ -166,8 +167,9 @@ def _listed(cells: list[Cell], points: list[float]) -> str:
         setting = cell.setting
         factor = "" if setting.imbalance_factor is None else f" IF {setting.imbalance_factor:g}"
         changed = f" with {setting.departures}" if setting.departures else ""
+        network = "" if setting.model in ("resnet32", "resnet8") else f"{setting.model.replace('resnet', 'ResNet-')}, "
         name = TITLES.get(setting.dataset, setting.dataset)
-        names.append(f"{setting_label(setting)} on {name}{factor}{changed} ({signed(value)})")
+        names.append(f"{network}{setting_label(setting)} on {name}{factor}{changed} ({signed(value)})")
     more = f" and {len(cells) - NAMED} more" if len(cells) > NAMED else ""
     return "; ".join(names) + more
 
