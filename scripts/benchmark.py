@@ -487,7 +487,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         fields = "name,memory.total,power.limit,driver_version,clocks.max.sm,clocks.max.memory,compute_mode"
-        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        number = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # torch counts the visible ones, it all
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={number}"]
         try:
             answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
             about["nvidia_smi"] = dict(zip(fields.split(","), answer.strip().split(", "), strict=True))
@@ -580,6 +581,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.worker:
         work(given.worker)
         return 0
+    if given.threads is not None and given.threads < 1:
+        raise UserError(f"--threads is {given.threads}: it must be 1 or more.")
     device = choose_device(dataclasses.replace(config.Engine(), device=given.device, threads=given.threads))
     agree = None
     if given.gpu_report:
@@ -587,6 +590,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--gpu-report needs a GPU, and torch {torch.__version__} sees none here.")
         given.full, given.out = True, given.gpu_report
     bench = make_bench(given, device)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / ".write").touch()
+        (given.out / ".write").unlink()
+    except OSError as error:  # said now, not when all has been measured
+        raise UserError(f"--out {given.out} cannot be written ({error.strerror}): give another folder.") from None
     if given.gpu_report:
         agree = parity(given.out)
     report: dict[str, Any] = {"workload": given.workload, "date": datetime.date.today().isoformat()}

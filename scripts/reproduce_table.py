@@ -82,8 +82,8 @@ def main() -> int:
 
     from cbl.engine import estimate, processes  # torch only now: a wrong argument is refused at once
 
-    if processes.count(runs) > 1:  # also the last one left: with other threads torch adds in another order
-        missing = [dataclasses.replace(run, engine=dataclasses.replace(run.engine, threads=1)) for run in missing]
+    if processes.count([run for run in runs if run.dataset.name not in config.LARGE]) > 1:
+        missing = [one_thread(run) for run in missing]
     if asked.dry or asked.budget is not None or len(missing) > 1:
         each = estimate.seconds(missing)
         if asked.dry:
@@ -98,6 +98,13 @@ def main() -> int:
         print(f"{left} of {len(runs)} runs are left: the same command goes on with them.")
     render(asked, published)
     return exit_status(ended)
+
+
+def one_thread(run: config.Run) -> config.Run:
+    """As all runs of a sweep on the CPU; the last one left too, as with more threads torch adds in another order."""
+    if run.dataset.name in config.LARGE:
+        return run
+    return dataclasses.replace(run, engine=dataclasses.replace(run.engine, threads=1))
 
 
 def render(asked: argparse.Namespace, published: store.Store | None) -> None:

@@ -20,7 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
+GROUP = "_group_tensors_by_device_and_dtype"
 COPY = torch.ops.aten.copy_.default  # the one operation between devices; `.to` and `.cpu` are no operations here
+READS = {torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy}
+FROM_HOST = {torch.tensor, torch.as_tensor}
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 
@@ -60,21 +63,29 @@ class Memory:
 
 
 MEMORY = Memory()  # one for all tests: what is on the device stays in caches between them
+Operation = tuple[Callable, tuple, dict, Any]  # what was called, with what, and what it gave
+
+
+class Capture:
+    """The operations of the capture under way, None when there is none."""
+
+    operations: list[Operation] | None = None
+
+    @classmethod
+    def refuse(cls, what: Any) -> None:
+        if cls.operations is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
 
 class Operations(TorchDispatchMode):
     """Refuses to mix devices, passes them on to results, and records while a graph is captured."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.record: list[tuple[Callable, tuple, dict, Any]] | None = None
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)]
         held = [MEMORY.holds(tensor) for tensor in tensors]
-        if self.record is not None and any(held) and (func in WAITS or (func is COPY and not all(held))):
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        if any(held) and (func in WAITS or (func is COPY and not all(held))):
+            Capture.refuse(func)
         if func is not COPY and any(held):
             strangers = [tuple(t.shape) for t, here in zip(tensors, held, strict=True) if not here and t.dim() > 0]
             if strangers:
@@ -84,8 +95,10 @@ class Operations(TorchDispatchMode):
             for leaf in tree_leaves(result):
                 if is_tensor(leaf):
                     MEMORY.take(leaf)
-        if self.record is not None:
-            self.record.append((func, args, kwargs, result))
+        if Capture.operations is not None:
+            frozen = {id(t): t.detach().clone() for t, here in zip(tensors, held, strict=True) if not here}
+            args, kwargs = tree_map(lambda leaf: frozen.get(id(leaf), leaf), (args, kwargs))  # numbers from the host
+            Capture.operations.append((func, args, kwargs, result))
         return result
 
 
@@ -102,6 +115,8 @@ class Functions(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.numpy and MEMORY.holds(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if func in READS and MEMORY.holds(args[0]):
+            Capture.refuse(func)
         if func is torch.Tensor.cpu:
             return MEMORY.free(args[0].clone()) if MEMORY.holds(args[0]) else args[0]
         named = [*args[1:], *kwargs.values()]
@@ -109,6 +124,8 @@ class Functions(TorchFunctionMode):
         if not to_cuda and not (to_cpu and func is torch.Tensor.to):
             return func(*args, **kwargs)
         here = func is torch.Tensor.to and MEMORY.holds(args[0])
+        if (func is torch.Tensor.to and here != to_cuda) or func in FROM_HOST:
+            Capture.refuse(func)
         args, kwargs = tree_map(lambda leaf: torch.device("cpu") if is_cuda(leaf) else leaf, (args, kwargs))
         result = func(*args, **kwargs)
         if func is not torch.Tensor.to:
@@ -136,10 +153,15 @@ class Graph:
     """A CUDA graph: the operations of its capture, computed again into the memory of their results."""
 
     def __init__(self) -> None:
-        self.operations: list[tuple[Callable, tuple, dict, Any]] = []
+        self.operations: list[Operation] = []
 
     def end(self) -> None:
-        """Lets go of all tensors that were not made in the capture."""
+        """Keeps what was done on the device, and lets go of all tensors that were not made in the capture."""
+        self.operations = [
+            (func, *rest)
+            for func, *rest in self.operations
+            if any(map(MEMORY.holds, filter(is_tensor, tree_leaves(rest))))
+        ]
         inside: set[int] = set()
         seen: set[int] = set()
         for _, args, kwargs, result in self.operations:
@@ -148,7 +170,8 @@ class Graph:
             seen |= inside
 
         def let_go(leaf: Any) -> Any:
-            return Outside(leaf) if is_tensor(leaf) and storage_of(leaf) not in inside else leaf
+            outside = is_tensor(leaf) and MEMORY.holds(leaf) and storage_of(leaf) not in inside
+            return Outside(leaf) if outside else leaf
 
         self.operations = [(func, *tree_map(let_go, rest)) for func, *rest in self.operations]
 
@@ -165,23 +188,33 @@ class Graph:
 class Stream:
     def __init__(self, *args: Any) -> None: ...
     def wait_stream(self, other: "Stream") -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        Capture.refuse("synchronize")
+
     def record(self) -> None: ...  # of an event
+
+
+def grouped(lists: Any, with_indices: bool = False, find: Any = torch.optim.Optimizer.__dict__[GROUP]) -> Any:
+    """An optimizer's tensors by device, which torch otherwise finds out without asking Python."""
+    groups = find.__func__(lists, with_indices)
+    return {
+        (next((t.device for t in held[0] if t is not None), device), dtype): (held, indices)
+        for (device, dtype), (held, indices) in groups.items()
+    }
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
     """`cuda` is a device in this test; gives the graphs that were captured."""
     graphs: list[Graph] = []
-    operations = Operations()
 
     @contextlib.contextmanager
     def graph(cuda_graph: Graph, **kwargs: Any) -> Iterator[None]:
-        operations.record = cuda_graph.operations
+        Capture.operations = cuda_graph.operations
         try:
             yield
         finally:
-            operations.record = None
+            Capture.operations = None
             cuda_graph.end()
             graphs.append(cuda_graph)
 
@@ -195,7 +228,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
         "device_count": lambda: 1,
         "get_device_name": lambda device: "stand-in",
         "mem_get_info": lambda device: (95, 100),
-        "synchronize": lambda *device: None,
+        "synchronize": lambda *device: Capture.refuse("synchronize"),
         "set_device": lambda device: None,
         "reset_peak_memory_stats": lambda device: None,
         "memory_reserved": lambda device: 2**20,
@@ -207,5 +240,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
         monkeypatch.setattr(torch.cuda, name, value)
     # private, and absent from a build for the CPU; torch's own users of graphs call it around a capture too
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-    with operations, Functions():
+    monkeypatch.setattr(torch.optim.Optimizer, GROUP, staticmethod(grouped))
+    with Operations(), Functions():
         yield graphs

@@ -432,6 +432,8 @@ def test_what_does_not_fit_into_the_budget_is_named(benchmark: ModuleType) -> No
         (["--depth", "9"], "model.depth is 9"),
         (["--batch-size", "0"], "recipe.batch_size is 0"),
         (["--device", "tpu"], "engine.device is 'tpu'"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--out", "/dev/null/bench"], "--out /dev/null/bench cannot be written"),
     ],
 )
 def test_mistakes_are_one_sentence(benchmark: ModuleType, arguments: list[str], message: str) -> None:

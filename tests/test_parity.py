@@ -264,6 +264,25 @@ def test_how_many_runs_go_side_by_side_is_measured(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("quick", "stand_in")
+def test_a_first_run_without_data_does_not_take_the_others_down(tmp_path: Path) -> None:
+    on_gpu = {"engine": {"device": "cuda"}}
+    nowhere = digits(tmp_path, dataset={"name": "folder", "root": str(tmp_path / "nowhere")}, **on_gpu)
+    ended = resident.train([nowhere, digits(tmp_path, **on_gpu)])
+    assert [record["status"] for record in ended] == ["failed", "done"]
+    assert "nowhere" in ended[0]["failure"]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_streams_and_graphs_are_made_on_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:3", "cuda"):
+        choose_device(cifar_run(engine__device=name).engine)
+    assert current == [torch.device("cuda:3")]
+
+
+@pytest.mark.usefixtures("quick", "stand_in")
 def test_hours_are_estimated(tmp_path: Path) -> None:
     short, long = estimate.seconds([digits(tmp_path, engine__device="cuda", recipe__epochs=n) for n in (4, 40)], 2)
     assert 0 < 5 * short < long

@@ -89,6 +89,13 @@ def test_a_budget_of_nothing_trains_nothing(tmp_path: Path) -> None:
     assert "25 of 25 runs are left" in done.stdout and not list(tmp_path.glob("runs/*"))
 
 
+def test_runs_of_a_sweep_take_one_thread_and_those_of_the_large_sets_all() -> None:
+    small, large = reproduce_table.plan("2", [0])[0], reproduce_table.plan("3", [0])[0]
+    assert reproduce_table.one_thread(small).engine.threads == 1
+    assert config.run_id(reproduce_table.one_thread(small)) == config.run_id(small)
+    assert reproduce_table.one_thread(large).engine.threads is None
+
+
 def test_interrupted_three_times_ends_with_the_same_table(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)

@@ -1,5 +1,8 @@
 """The stand-in for a GPU does what it says; what it is for stands where the CUDA path is tested."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,10 +47,38 @@ def test_a_graph_repeats_operations_and_nothing_else() -> None:
     assert x.tolist() == [0, 0] and len(calls) == 2
     assert replay().tolist() == [20, 20]  # 2 is what `len` said while it was captured
     assert replay().tolist() == [40, 40] and len(calls) == 2
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x.copy_(torch.ones(2)),
+        lambda x: x * torch.tensor(0.1, device=CUDA),
+        lambda x: x + torch.ones(2).to(CUDA),
+        lambda x: torch.cuda.synchronize(),
+        lambda x: torch.cuda.Event().synchronize(),
+    ],
+)
+def test_a_capture_refuses_what_waits(wrong: Callable[[torch.Tensor], Any]) -> None:
+    x = torch.zeros(2, device=CUDA)
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        capture(lambda: x.sum().item(), [], warm_up=0)
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        capture(lambda: x.copy_(torch.ones(2)), [], warm_up=0)
+        capture(lambda: wrong(x), [], warm_up=0)
+    assert capture(lambda: x * 0.1 + torch.ones(2, device=CUDA), [], warm_up=0)().tolist() == [1, 1]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_graph_does_not_repeat_what_was_done_on_the_host() -> None:
+    x, here, number = torch.zeros(2, device=CUDA), torch.zeros(1), torch.tensor(1.0)
+    replay = capture(lambda: (x.add_(number), here.add_(1)), [], warm_up=0)
+    number.fill_(7)  # the graph has its value
+    replay()
+    assert x.tolist() == [2, 2] and here.tolist() == [1]
 
 
 @pytest.mark.usefixtures("stand_in")

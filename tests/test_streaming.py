@@ -286,6 +286,35 @@ def test_on_a_stand_in_for_a_gpu_a_run_gives_the_cpus_bits(
     assert record["memory_peak_mib"] == 3 and 0 < record["memory_per_image_mib"] <= 2
 
 
+def test_a_command_that_fails_leaves_the_record_of_a_run_under_way_alone(prepared: Path, tmp_path: Path) -> None:
+    """The same run, as `dataset.root` does not name it, with the images given wrong the second time."""
+    run = settings(prepared, tmp_path, engine__max_steps=2)
+    folder = records.folder_of(run)
+    with records.lock(folder):
+        records.write_record(folder, records.new_record(run))
+        before = (folder / "result.json").read_bytes()
+        record = streaming.train(settings(tmp_path / "nowhere", tmp_path, engine__max_steps=2))
+        assert record["status"] == "failed" and record["run_id"] == config.run_id(run)
+        assert (folder / "result.json").read_bytes() == before
+
+
+def test_every_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(range(16)))
+    for variables, expected in (
+        ({}, 16),
+        ({"LOCAL_WORLD_SIZE": "8"}, 2),  # torchrun
+        ({"LOCAL_WORLD_SIZE": "32"}, 1),
+        ({"LOCAL_WORLD_SIZE": "8", "SUBMITIT_EXECUTOR": "slurm", "SLURM_CPUS_PER_TASK": "12"}, 12),
+        ({"LOCAL_WORLD_SIZE": "8", "SUBMITIT_EXECUTOR": "slurm", "SLURM_CPUS_PER_TASK": "32"}, 16),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("LOCAL_WORLD_SIZE", "SUBMITIT_EXECUTOR", "SLURM_CPUS_PER_TASK"):
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert distributed.cores() == expected
+
+
 @pytest.mark.gpu
 def test_memory_of_an_image_is_recorded_on_a_gpu(prepared: Path, tmp_path: Path) -> None:
     run = settings(prepared, tmp_path, engine__device="cuda", engine__dtype="bf16")

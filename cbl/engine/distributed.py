@@ -80,8 +80,6 @@ def join(engine: config.Engine) -> World:
     if engine.device == "cuda" or (engine.device == "auto" and torch.cuda.is_available()):
         engine = dataclasses.replace(engine, device=f"cuda:{os.environ.get('LOCAL_RANK', place)}")
     device = choose_device(engine)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -93,9 +91,12 @@ def fall_out() -> None:
     atexit.unregister(dist.destroy_process_group)
 
 
-def neighbours() -> int:
-    """Processes on this machine that train together."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def cores() -> int:
+    """CPU cores for this process: its own as a Slurm task, else its share of the machine's; 1 or more."""
+    usable = len(os.sched_getaffinity(0))
+    if "SUBMITIT_EXECUTOR" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
+        return min(usable, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _read_slurm() -> None:

@@ -54,10 +54,14 @@ def lanes(runs: Sequence[config.Run], say: Callable[[str], None] = print) -> int
     kept: list[tuple[Job, torch.cuda.Stream]] = []
     rate, width = 0.0, 1
     while width <= len(runs):
-        while len(kept) < width:
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.stream(stream):
-                kept.append((_prepared(runs[0], device, runs[0].engine.eval_batch), stream))
+        try:
+            while len(kept) < width:
+                stream = torch.cuda.Stream(device)
+                with torch.cuda.stream(stream):
+                    kept.append((_prepared(runs[0], device, runs[0].engine.eval_batch), stream))
+        except (UserError, torch.OutOfMemoryError):  # the former each run will say itself
+            width = max(1, width // 2)
+            break
         together = images_per_second(kept)
         free, total = torch.cuda.mem_get_info(device)
         if together < 1.05 * rate:

@@ -140,6 +140,8 @@ def choose_device(engine: config.Engine) -> torch.device:
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:
             raise UserError(f"engine.device is '{name}', but torch {torch.__version__} sees {found} CUDA devices here.")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current one
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
     if engine.deterministic:

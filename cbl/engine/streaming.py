@@ -9,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import sys
 import time
 import traceback
@@ -58,7 +57,7 @@ def train(run: config.Run, deadline: float = math.inf) -> dict[str, Any]:
             if not expected:
                 traceback.print_exc()  # a defect of ours: all of it
             record |= {"status": "failed", "failure": str(error) if expected else repr(error)}
-            if leads and folder.exists():
+            if leads and "n_train" in record:  # it came with the lock: before, the folder may be another process's
                 records.write_record(folder, record)
             if not leads:
                 print(f"Process {distributed.rank()}: {record['failure']}", file=sys.stderr)
@@ -204,11 +203,10 @@ def prepare(run: config.Run, world: World, indices: tuple[index.Index, index.Ind
     if run.recipe.input_scaling == "mean_std":
         mean, std = (torch.tensor(values, device=device) for values in data.STATISTICS[name])
         scaling = functools.partial(augment.scale, mean=mean, std=std)
-    cores = len(os.sched_getaffinity(0)) // distributed.neighbours()
     load = functools.partial(
         data.Loader,
         image_size=run.dataset.image_size,
-        workers=max(1, cores) if run.engine.workers is None else run.engine.workers,
+        workers=distributed.cores() if run.engine.workers is None else run.engine.workers,
         device=device,
         on_damaged=run.dataset.on_damaged,
     )
