@@ -49,7 +49,19 @@ from cbl.engine.job import choose_device, device_name
 from cbl.engine.step import capture
 from cbl.errors import UserError
 from cbl.report import bench_plot
-from cbl.report.bench_plot import BARE, CAPTURED, COMPILED, EAGER, LOADER, LOOP, OURS, REFERENCE
+from cbl.report.bench_plot import (
+    BARE,
+    CAPTURED,
+    COMPILED,
+    EAGER,
+    LOADER,
+    LOOP,
+    NCHW,
+    NO_ONEDNN,
+    OUR_COMPILED,
+    OURS,
+    REFERENCE,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,12 +166,14 @@ def one_run(bench: Bench, dtype: str, folder: Path) -> None:
         LOOP: functools.partial(contenders.loop, folder=folder),
         EAGER: contenders.eager,
         LOADER: contenders.loader,
-        "step, NCHW": contenders.nchw,
+        NCHW: contenders.nchw,
     }
     if bench.cuda:
         makers |= {CAPTURED: contenders.replayed, "step, cuDNN search": contenders.searched}
+    else:
+        makers |= {NO_ONEDNN: contenders.without_onednn}
     if bench.full:
-        makers["step, torch.compile"] = contenders.compiled
+        makers[OUR_COMPILED] = contenders.compiled
     units, memory = {}, {}
     for name, make in makers.items():
         footprint = Footprint(bench)

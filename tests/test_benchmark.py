@@ -22,7 +22,7 @@ from cbl.engine.micro_batches import CHECK_STEPS
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
 from cbl.report import bench_plot
-from cbl.report.bench_plot import BARE, CAPTURED, COMPILED, EAGER, LOOP, OURS, REFERENCE
+from cbl.report.bench_plot import BARE, CAPTURED, COMPILED, EAGER, LOOP, NCHW, NO_ONEDNN, OURS, REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_rates_are_of_this_device() -> None:
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["bare", "loader", "eager", "replayed", "nchw"])
+@pytest.mark.parametrize("name", ["bare", "loader", "eager", "replayed", "nchw", "without_onednn"])
 def test_a_unit_trains_and_says_how_many_images(name: str) -> None:
     unit = getattr(contenders, name)(TINY, "fp32")
     assert unit() == unit() == TINY.images
@@ -244,6 +244,21 @@ def test_page_says_what_matters(written: tuple[dict[str, Any], Path]) -> None:
     assert "GPU figures: none has been measured so far" in page and "--gpu-report" in page
     (bare,) = [row for row in report["rows"] if row["section"] == "one run" and row["name"] == BARE]
     assert f"| {BARE} | fp32 | {bare['images_per_second']:,.0f} |" in page
+
+
+def test_page_says_what_was_tried_on_the_cpu(written: tuple[dict[str, Any], Path]) -> None:
+    report, folder = written
+    (page,) = [path.read_text() for path in folder.glob("*.md")]
+    rate = {row["name"]: row["images_per_second"] for row in bench_plot.select(report, "one run")}
+    layout, onednn = (f"{rate[name] / rate[EAGER]:.2f}" for name in (NCHW, NO_ONEDNN))
+    assert f"torch's default memory layout {layout}, torch's own convolutions in place of oneDNN's {onednn}." in page
+    shared = [
+        {"section": "side by side", "name": "processes", "runs": k, "images_per_second": 100.0 * k} for k in (1, 2)
+    ]
+    (_, said) = bench_plot.tried_on_cpu(report | {"rows": report["rows"] + shared, "environment": {"threads": 2}})
+    assert said.startswith(
+        "One process of 2 threads 100 images/s, 2 processes of 1 200: a sweep takes a process a core"
+    )
 
 
 def test_large_sets_are_measured_against_torchvision(written: tuple[dict[str, Any], Path]) -> None:

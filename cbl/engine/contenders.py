@@ -151,6 +151,20 @@ def nchw(size: Size, dtype: str) -> Unit:
     return changed(size, dtype, change)
 
 
+def without_onednn(size: Size, dtype: str) -> Unit:
+    """Our step with torch's own convolutions on the CPU."""
+    step = eager(size, dtype)
+
+    def unit() -> int:
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        try:
+            return step()
+        finally:
+            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+
+    return unit
+
+
 def compiled(size: Size, dtype: str) -> Unit:
     """Our step with the network through torch.compile."""
 

@@ -21,15 +21,17 @@ from cbl.report import figures
 from cbl.report.figures import BLUE, GREEN, ORANGE, PAGE, RED
 
 BARE, LOADER, EAGER, CAPTURED, LOOP = "bare loop", "DataLoader loop", "step, eager", "step, captured", "training loop"
+NCHW, NO_ONEDNN, OUR_COMPILED = "step, NCHW", "step, no oneDNN", "step, torch.compile"
 ABOUT = {
     BARE: "forward, loss, backward and torch's SGD on one fixed batch of floats",
     LOADER: "DataLoader, PIL augmentation image by image, NCHW, the loss read at every step, as the ports do",
     EAGER: "ours, called operation by operation: gather, crop and flip of resident uint8 images included",
     CAPTURED: "ours, replayed as one CUDA graph",
     LOOP: "what a run does, but for evaluation and checkpoints: captured on a GPU, eager on the CPU",
-    "step, NCHW": "ours with torch's default memory layout in place of channels_last",
+    NCHW: "ours with torch's default memory layout in place of channels_last",
     "step, cuDNN search": "ours, captured, with the convolutions that cuDNN finds fastest by trying",
-    "step, torch.compile": "ours with a compiled network, captured on a GPU",
+    NO_ONEDNN: "ours with torch's own convolutions on the CPU",
+    OUR_COMPILED: "ours with a compiled network, captured on a GPU",
 }
 OURS, REFERENCE, COMPILED = "our step", "torchvision's recipe", ", torch.compile"
 ABOUT_LARGE = {
@@ -262,6 +264,7 @@ def sentences(report: dict[str, Any], measured_on_gpu: bool) -> list[str]:
             target = f" Target under {OVERHEAD:g} %: {met(percent < OVERHEAD)}."
         spread = f"{min(row['percent']):+.1f} to {max(row['percent']):+.1f} in {len(row['percent'])} turns"
         said.append(f"{row['name']} against {BARE}, {row['dtype']}: {percent:+.1f} % ({spread}).{target}")
+    said += tried_on_cpu(report) if about["kind"] == "cpu" else []
     for section, (label, least) in TARGETS.items() if about["kind"] == "cuda" else ():
         if found := [row for row in select(report, section) if row["name"] in TARGETED]:
             best = max(found, key=lambda row: row["images_per_second"])
@@ -274,6 +277,40 @@ def sentences(report: dict[str, Any], measured_on_gpu: bool) -> list[str]:
     if report["left_out"]:
         said.append(f"Left out: {'; '.join(report['left_out'])}.")
     return said if measured_on_gpu else [*said, UNMEASURED]
+
+
+def tried_on_cpu(report: dict[str, Any]) -> list[str]:
+    """What else the step could be made of on a CPU, in images/s of what it is made of; and how runs share the cores."""
+    said = []
+    for ours in select(report, "one run", name=EAGER)[:1]:  # in fp32
+        words = {
+            NCHW: "torch's default memory layout",
+            NO_ONEDNN: "torch's own convolutions in place of oneDNN's",
+            OUR_COMPILED: "torch.compile",
+        }
+        tried = [
+            f"{words[row['name']]} {row['images_per_second'] / ours['images_per_second']:.2f}"
+            for row in select(report, "one run", dtype=ours["dtype"])
+            if row["name"] in words
+        ]
+        tried += [
+            f"{row['dtype']} {row['images_per_second'] / ours['images_per_second']:.2f}"
+            for row in select(report, "one run", name=EAGER)
+            if row["dtype"] != ours["dtype"]
+        ]
+        said.append(
+            f"Tried on the CPU, as a share of the images/s of our step (channels_last, oneDNN, {ours['dtype']}): "
+            f"{', '.join(tried)}. What gives other numbers than rounding, bf16, is a choice of the user."
+        )
+    shared = {row["runs"]: row["images_per_second"] for row in select(report, "side by side", name="processes")}
+    threads = report["environment"]["threads"]
+    if 1 in shared and len(shared) > 1:
+        k = max(shared)
+        said.append(
+            f"One process of {threads} threads {number(shared[1])} images/s, {k} processes of "
+            f"{max(1, threads // k)} {number(shared[k])}: a sweep takes a process a core."
+        )
+    return said
 
 
 def met(holds: bool) -> str:
