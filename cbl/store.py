@@ -250,6 +250,7 @@ def readme() -> str:
             f"| per_class.csv | run and class | {', '.join(PER_CLASS)} |",
             f"| curves.csv | run and evaluation, at most {POINTS} of a run | {', '.join(CURVES)} |",
             "| paper/ | | the paper's own numbers, described there |",
+            "| bench/ | | what `make bench` measured, per device and day: .json, and made of it .md, .png and .svg |",
             "",
             "## Columns of runs.csv",
             "",
