@@ -5,7 +5,7 @@ import then stops at "operator torchvision::nms does not exist", although neithe
 part. Declaring the two operators that the import expects is enough. With a torchvision that fits, nothing happens here.
 """
 
-import torch
+from torch import library
 
 _EXPECTED = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -18,9 +18,9 @@ try:
 except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise
-    _library = torch.library.Library("torchvision", "DEF")  # kept: the declarations go with it
+    _declared = library.Library("torchvision", "DEF")  # kept: the declarations go with it
     for _schema in _EXPECTED:
-        _library.define(_schema)
+        _declared.define(_schema)
     import torchvision
     from torchvision.transforms import v2
 

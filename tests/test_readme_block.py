@@ -143,3 +143,5 @@ def test_another_dtype_is_held_against_fp32_on_pairs(miniature: pd.DataFrame) ->
     assert f"{len(done)} pairs of runs" in said and f"the error in bf16 is {mean} points from that in fp32 [" in said
     low, high = (float(value) for value in re.search(r"interval \+([\d.]+), \+([\d.]+)\]", said).groups())
     assert 0.5 < low < shift.mean() < high < 1.5
+    (said,) = readme._dtypes(pd.concat([done, other.head(1)], ignore_index=True))
+    assert "1 pair of runs" in said and "interval" not in said

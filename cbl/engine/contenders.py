@@ -156,11 +156,12 @@ def without_onednn(size: Size, dtype: str) -> Unit:
     step = eager(size, dtype)
 
     def unit() -> int:
+        before = torch.backends.mkldnn.enabled
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         try:
             return step()
         finally:
-            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+            torch.backends.mkldnn.enabled = before
 
     return unit
 

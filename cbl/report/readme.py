@@ -152,11 +152,11 @@ def _dtypes(runs: pd.DataFrame) -> list[str]:
     said = []
     for dtype, found in paired[paired["dtype"] != "fp32"].groupby("dtype"):
         gain = bootstrap((found["error_last"] - found["error_last_fp32"]).astype("float").tolist())
-        low, high = gain.interval or (gain.mean, gain.mean)
+        interval = f" [95 % interval {signed(gain.interval[0])}, {signed(gain.interval[1])}]" if gain.interval else ""
         sets = ", ".join(TITLES.get(name, name) for name in found["dataset"].unique())
         said.append(
             f"Arithmetic: {plural(gain.n, 'pair')} of runs ({sets}) differ in dtype alone; the error in {dtype} is "
-            f"{signed(gain.mean)} points from that in fp32 [95 % interval {signed(low)}, {signed(high)}]."
+            f"{signed(gain.mean)} points from that in fp32{interval}."
         )
     return said
 
