@@ -45,7 +45,7 @@ from cbl import ClassBalancedLoss, config, records
 from cbl.data import loader_speed
 from cbl.engine import contenders, roofline, synthetic
 from cbl.engine.contenders import Size, Unit, make_job, make_run
-from cbl.engine.job import choose_device, device_name
+from cbl.engine.job import choose_device, device_name, keep_freed_memory
 from cbl.engine.step import capture
 from cbl.errors import UserError
 from cbl.report import bench_plot
@@ -54,6 +54,8 @@ from cbl.report.bench_plot import (
     CAPTURED,
     COMPILED,
     EAGER,
+    GIVEN_BACK,
+    KEPT,
     LOADER,
     LOOP,
     NCHW,
@@ -262,14 +264,38 @@ def processes(bench: Bench) -> None:
     for k in bench.lanes:
         if not bench.cuda and k > threads:
             continue
-        task = dataclasses.asdict(bench.size) | {"device": str(bench.size.device), "dtype": bench.dtypes[0]}
-        task |= {"threads": max(1, threads // k), "seconds": 10 if bench.full else 5}
-        found = share_out(task, k)
+        found = share_out(make_task(bench, max(1, threads // k)), k)
         if not all(found):
             bench.left_out.append(f"{k} processes side by side: one of them failed, see above")
             return
         memory = sum(one["mebibytes"] for one in found)
         note(bench, "side by side", way, [sum(one["images_per_second"] for one in found)], runs=k, mebibytes=memory)
+
+
+def freed_memory(bench: Bench) -> None:
+    """On a CPU: step and evaluation with freed memory kept for what comes next, and given back to the system.
+
+    In processes of their own, as the system's allocator learns from what went before.
+    """
+    turns: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    for _ in range(2):
+        for keep, found in turns.items():
+            found += share_out(make_task(bench, torch.get_num_threads()) | {"keep": keep}, 1)
+    if not all(turns[True] + turns[False]):
+        bench.left_out.append("freed memory: a process failed, see above")
+        return
+    for keep, name in ((True, KEPT), (False, GIVEN_BACK)):
+        memory = max(one["mebibytes"] for one in turns[keep])
+        note(bench, "freed memory", name, [one["images_per_second"] for one in turns[keep]], mebibytes=memory)
+        batch = config.Engine.eval_batch
+        rates = [one["test_per_second"] for one in turns[keep]]
+        note(bench, "freed memory, evaluation", name, rates, batch_size=batch, mebibytes=memory)
+
+
+def make_task(bench: Bench, threads: int) -> dict[str, Any]:
+    """What a worker is to do: our step, for some seconds."""
+    task = dataclasses.asdict(bench.size) | {"device": str(bench.size.device), "dtype": bench.dtypes[0]}
+    return task | {"threads": threads, "seconds": 10 if bench.full else 5, "keep": True}
 
 
 def share_out(task: dict[str, Any], k: int) -> list[dict[str, float]]:
@@ -295,22 +321,28 @@ def share_out(task: dict[str, Any], k: int) -> list[dict[str, float]]:
 def work(task: dict[str, Any]) -> None:
     """One of several processes: makes its job ready, says so, waits for the word, trains, prints what it reached."""
     torch.set_num_threads(task.pop("threads"))
+    if task.pop("keep") and task["device"] == "cpu":
+        keep_freed_memory()
     lasts, dtype = task.pop("seconds"), task.pop("dtype")
     size = Size(**task | {"device": torch.device(task["device"])})
     run = make_run(size, dtype)
     job = make_job(size, run)
     unit = contenders.steps(size, run, job)
     unit()
+    job.predict()
     print("ready", flush=True)
     sys.stdin.readline()
     images, began = 0, time.perf_counter()
     while (taken := time.perf_counter() - began) < lasts:
         images += unit()
         job.step.epoch_losses()  # waits for the device
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = {"images_per_second": images / taken}
+    began = time.perf_counter()
+    found["test_per_second"] = len(job.predict().cpu()) / (time.perf_counter() - began)
+    found["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if size.device.type == "cuda":
-        memory = torch.cuda.max_memory_reserved(size.device) / 2**20
-    print(json.dumps({"images_per_second": images / taken, "mebibytes": memory}), flush=True)
+        found["mebibytes"] = torch.cuda.max_memory_reserved(size.device) / 2**20
+    print(json.dumps(found), flush=True)
     sys.stdin.readline()  # until the parent ends it
 
 
@@ -392,6 +424,7 @@ def cifar(bench: Bench) -> None:
             ("processes side by side", part(processes, bench)),
         ]
         if not bench.cuda:
+            sections += [("freed memory", part(freed_memory, bench))]
             sections += [(f"one run in {dtype}", part(one_step, bench, dtype)) for dtype in others]
         for title, section in sections:
             if bench.left() < 0:  # named in the report

@@ -22,7 +22,19 @@ from cbl.engine.micro_batches import CHECK_STEPS
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
 from cbl.report import bench_plot
-from cbl.report.bench_plot import BARE, CAPTURED, COMPILED, EAGER, LOOP, NCHW, NO_ONEDNN, OURS, REFERENCE
+from cbl.report.bench_plot import (
+    BARE,
+    CAPTURED,
+    COMPILED,
+    EAGER,
+    GIVEN_BACK,
+    KEPT,
+    LOOP,
+    NCHW,
+    NO_ONEDNN,
+    OURS,
+    REFERENCE,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -212,6 +224,7 @@ def written(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
         made = small_bench(benchmark)
         patch.setattr(benchmark, "make_bench", lambda given, device: made)
         patch.setattr(benchmark, "processes", lambda bench: None)
+        patch.setattr(benchmark, "freed_memory", lambda bench: None)
         assert benchmark.main(["--device", "cpu", "--out", str(folder)]) == 0
     (path,) = folder.glob("*.json")
     return json.loads(path.read_text()), folder
@@ -255,7 +268,15 @@ def test_page_says_what_was_tried_on_the_cpu(written: tuple[dict[str, Any], Path
     shared = [
         {"section": "side by side", "name": "processes", "runs": k, "images_per_second": 100.0 * k} for k in (1, 2)
     ]
-    (_, said) = bench_plot.tried_on_cpu(report | {"rows": report["rows"] + shared, "environment": {"threads": 2}})
+    memory = [
+        {"section": section, "name": name, "images_per_second": rate, "mebibytes": 10 * rate}
+        for section, rates in (("freed memory", (107, 100)), ("freed memory, evaluation", (180, 100)))
+        for name, rate in zip((KEPT, GIVEN_BACK), rates, strict=True)
+    ]
+    more = report["rows"] + shared + memory
+    (_, freed, said) = bench_plot.tried_on_cpu(report | {"rows": more, "environment": {"threads": 2}})
+    assert "gives steps 1.07 and evaluations 1.80 times the images/s" in freed
+    assert "1,070 MiB in place of 1,000" in freed
     assert said.startswith(
         "One process of 2 threads 100 images/s, 2 processes of 1 200: a sweep takes a process a core"
     )
@@ -502,11 +523,26 @@ def test_processes_side_by_side(benchmark: ModuleType) -> None:
     assert all(row["images_per_second"] > 0 and row["mebibytes"] > 100 for row in bench.rows)
 
 
+@pytest.mark.slow
+def test_freed_memory_is_kept_and_given_back(benchmark: ModuleType) -> None:
+    bench = small_bench(benchmark)
+    benchmark.freed_memory(bench)
+    assert [(row["section"], row["name"]) for row in bench.rows] == [
+        ("freed memory", KEPT),
+        ("freed memory, evaluation", KEPT),
+        ("freed memory", GIVEN_BACK),
+        ("freed memory, evaluation", GIVEN_BACK),
+    ]
+    assert bench.left_out == [] and all(row["images_per_second"] > 0 for row in bench.rows)
+
+
 def test_a_failed_process_is_named(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark.sys, "executable", "false")
     bench = small_bench(benchmark, lanes=[1])
     benchmark.processes(bench)
+    benchmark.freed_memory(bench)
     assert bench.rows == [] and "1 processes side by side: one of them failed" in bench.left_out[0]
+    assert "freed memory: a process failed" in bench.left_out[1]
 
 
 def test_eager_step_is_the_row_of_a_second_dtype(benchmark: ModuleType) -> None:
