@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from cbl import config, records, store
 from cbl.errors import UserError
-from cbl.report import formats, tables
+from cbl.report import formats, readme, tables
 from cbl.report.tables import Cell, Panel, Table
 
 SHORT = {"model": {"depth": 8}, "recipe": {"epochs": 60, "batch_size": 64, "milestones": [48.0]}}  # as on the digits
@@ -242,6 +242,25 @@ def test_the_ablation_has_a_row_for_every_planned_detail() -> None:
     planned = OmegaConf.to_container(OmegaConf.load(path))["details"]
     rows = [word.replace('"', "") for _, word in tables.DETAILS]  # as on a command line
     assert sorted(rows) == sorted(planned)
+
+
+def test_moved_drops_are_rows_and_their_spread_a_sentence(made: Any, nothing: pd.DataFrame) -> None:
+    planned = reproduce_table.plan("drop", [0, 1])
+    assert len(planned) == 2 * 2 * len(tables.DROPS)
+    assert all(run.recipe.milestones[0] + tables.AFTER_DROP == run.recipe.epochs for run in planned)
+    table = tables.build("drop", made(*((run, 30.0 + number) for number, run in enumerate(planned))))
+    assert [len(cell.values) for cell in table.cells()] == [2] * 14  # every planned run has its cell
+    assert table.panels[1].rows[0][1][0].values == (-1.0, -1.0)  # balanced second: the baseline of its own seed
+    said = readme._moved(table)
+    assert said[0] == "Softmax, seed 0: 30.00 to 42.00 % over 7 drops, standard deviation 4.32."
+    assert [words.partition(":")[0] for words in said] == [
+        "Softmax, seed 0",
+        "Softmax, seed 1",
+        "Softmax β 0.9999, seed 0",
+        "Softmax β 0.9999, seed 1",
+    ]
+    assert readme._moved(tables.build("drop", made((planned[0], 30.0), (planned[2], 31.0)))) == []  # two say too little
+    assert readme._moved(tables.build("drop", nothing)) == []
 
 
 def test_digits_show_the_configuration_that_most_runs_have(made: Any) -> None:

@@ -3,6 +3,7 @@
 The block stands in README.md between two markers; a test fails when it is not what results/ gives.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 
@@ -80,7 +81,7 @@ def findings(built: Mapping[str, Table], runs: pd.DataFrame) -> list[str]:
     """
     said = []
     for table in built.values():
-        if sentences := _agreement(table) + _gains(table) + _changes(table):
+        if sentences := _agreement(table) + _gains(table) + _changes(table) + _moved(table):
             said.append(f"{table.short}: {' '.join(sentences)}")
     return said + _dtypes(runs)
 
@@ -142,6 +143,21 @@ def _changes(table: Table) -> list[str]:
     clear.sort(key=lambda cell: -abs(cell.mean or 0.0))
     said = f"{plural(len(changes), 'change')} run, in {len(clear)} the 95 % interval of the effect leaves out zero"
     return [f"{said}: {_listed(clear, [cell.mean or 0.0 for cell in clear])}." if clear else f"{said}."]
+
+
+def _moved(table: Table) -> list[str]:
+    """How far the error of one seed goes apart when only the epoch of the drop is another."""
+    said = []
+    for place, column in enumerate(table.panels[0].columns if table.name == "drop" else []):
+        by_seed: dict[str, list[float]] = {}
+        for _, cells in table.panels[0].rows:
+            for seed, value in zip(cells[place].seeds, cells[place].values, strict=True):
+                by_seed.setdefault(seed, []).append(value)
+        for seed, values in by_seed.items():
+            if len(values) >= 3:
+                ends = f"{min(values):.2f} to {max(values):.2f} % over {len(values)} drops"
+                said.append(f"{column}, seed {seed}: {ends}, standard deviation {statistics.stdev(values):.2f}.")
+    return said
 
 
 def _dtypes(runs: pd.DataFrame) -> list[str]:

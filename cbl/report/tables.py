@@ -21,7 +21,7 @@ from cbl.report.verdict import Row, Verdict, bootstrap, difference, paired_gain,
 
 GRIDS = {"grid10": ("cifar10_lt", 8), "grid20": ("cifar20_lt", 9), "grid100": ("cifar100_lt", 10)}  # the paper's figure
 FACTORS = [float(factor) for factor in printed.IMBALANCE_FACTORS if factor > 1]  # of the grids
-NAMES = ["digits", "1", "2", *GRIDS, "ablation", "3"]
+NAMES = ["digits", "1", "2", *GRIDS, "ablation", "drop", "3"]
 TITLES = {
     "digits_lt": "digits",
     "cifar10_lt": "CIFAR-10",
@@ -56,6 +56,9 @@ DETAILS = [
 ]
 # Its class-balanced columns: beta of the paper's best cell at imbalance factor 100.
 ABLATION_BETAS = {"cifar10_lt": 0.9999, "cifar100_lt": 0.9}
+
+# The learning rate's first drop, at these epochs in place of 160, and the end of the run so many epochs later.
+DROPS, AFTER_DROP = range(100, 161, 10), 20
 
 LEGEND = "≈ agrees with the paper within two standard errors, √(0.7² + s²/n) each; ↓ better (lower error); ↑ worse."
 ERRORS = "Test error (%) after the last step, mean ± standard deviation (runs). – is a gap: not run."
@@ -179,6 +182,8 @@ def build(name: str, runs: pd.DataFrame, counts: Mapping[str, Sequence[int]] | N
             return table2(done)
         case "ablation":
             return ablation(done)
+        case "drop":
+            return drop(done)
         case "3":
             return table3(done)
         case _ if name in GRIDS:
@@ -492,6 +497,30 @@ def _applies(word: str, setting: Setting) -> bool:
         return setting.beta > 0
     official = ("model.prior_bias=false", 'recipe.decay_scope="everything"')  # of softmax
     return not (setting.loss == "softmax" and word in official)
+
+
+def drop(done: Done) -> Table:
+    """The learning rate's first drop moved by epochs: how far an error is luck of the state that it falls on."""
+    columns = [Setting("cifar10_lt", 200.0, "softmax", None, beta) for beta in (0.0, 0.9999)]
+    moved = {
+        epoch: [s._replace(departures=f"recipe.milestones=[{epoch:.1f}]", epochs=epoch + AFTER_DROP) for s in columns]
+        for epoch in DROPS
+    }
+    runs, caption, notes = one_dtype(done, [setting for row in moved.values() for setting in row])
+    errors, gains = [], []
+    for epoch, (plain_loss, balanced) in moved.items():
+        label = f"×0.01 at epoch {epoch}, end at {epoch + AFTER_DROP}"
+        errors.append((label, [error_cell(runs, setting) for setting in (plain_loss, balanced)]))
+        gains.append((label, [paired_cell("gain", runs, balanced, plain_loss)]))
+    labels = [setting_label(setting) for setting in columns]
+    return Table(
+        "drop",
+        "Moved drop: how much of an error is when the learning rate drops, CIFAR-10 at imbalance factor 200",
+        f"{caption} The official run drops at epoch 160, and once more at 180, after which it hardly moves.",
+        f"{ERRORS} {BOLD} {GAINS}",
+        [Panel("CIFAR-10, IF 200", labels, errors), Panel("Gain of balancing (points)", labels[1:], gains)],
+        notes,
+    )
 
 
 def table3(done: Done) -> Table:
