@@ -436,6 +436,22 @@ def test_a_workload_alone_has_its_name_in_its_files(
     assert [row["section"] for row in report["rows"]] == ["loader"]
 
 
+def test_what_was_measured_before_an_end_from_outside_is_kept(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ended(bench: Any) -> None:
+        benchmark.note(bench, "one run", EAGER, [100.0])
+        raise KeyboardInterrupt
+
+    made = small_bench(benchmark)
+    monkeypatch.setattr(benchmark, "make_bench", lambda given, device: made)
+    monkeypatch.setattr(benchmark, "WORKLOADS", {"cifar": ended})
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(["cifar", "--device", "cpu", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "rows.partial").read_text())
+    assert (row["name"], row["turns"]) == (EAGER, [100.0])
+
+
 def test_a_workload_that_fails_costs_only_its_own_rows(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -213,14 +213,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_runs_side_by_side_give_the_cpus_bits(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_runs_side_by_side_give_the_cpus_bits(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Captured steps and evaluations, lanes, a run that diverges: as one after another on the CPU."""
+    monkeypatch.setattr(resident, "QUEUED", 2)  # of 5 steps an epoch: lanes take turns within it
+    made: list[Any] = []
+    make = resident._new_stream
+    monkeypatch.setattr(resident, "_new_stream", lambda engine: made.append(make(engine)) or made[-1])
     on_cpu = several(tmp_path / "cpu")
     expected = [resident.drive(run, Display(len(on_cpu))) for run in on_cpu]
     graphs: list[Graph] = request.getfixturevalue("stand_in")
     on_gpu = several(tmp_path / "gpu", engine={"device": "cuda", "lanes": 3, "checkpoint_seconds": 0})
     ended = resident.train(on_gpu)
     assert len(graphs) == 2 * len(on_gpu) and all(graph.operations for graph in graphs)
+    assert len(made) == 3  # a run that begins takes the stream of one that has ended
     assert [record["status"] for record in ended] == ["done", "done", "failed", "done", "done"]
     for run, alone, other, record in zip(on_cpu, expected, on_gpu, ended, strict=True):
         assert (record["device"], record["lanes"]) == ("stand-in", 3)
@@ -329,8 +336,13 @@ def test_captured_step_equals_eager_step(dtype: str, tolerance: float, kind: str
 
 
 @pytest.mark.gpu
-def test_fp32_is_true_fp32_on_a_gpu_forwards_and_backwards() -> None:
-    """The gradient of one step against the CPU's: TF32 would be wrong in the third digit, fp32 in the sixth."""
+def test_fp32_is_true_fp32_on_a_gpu_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of one step against the CPU's: TF32 would be wrong in the third digit, fp32 in the fifth.
+
+    Without the corner of ReLU, where one rounding turns a gradient on or off: the CPU's own gradient in fp32 is 1.6 %
+    from that in float64 with it.
+    """
+    monkeypatch.setattr(torch.nn.functional, "relu", torch.tanh)
     gradients = []
     for device in (CPU, CUDA):
         job = made_up_job(cifar_run(engine__device=device.type, model__depth=8, recipe__weight_decay=0.0), device)
@@ -338,8 +350,8 @@ def test_fp32_is_true_fp32_on_a_gpu_forwards_and_backwards() -> None:
         job.step.load(plan[:1], np.zeros(1))
         job.advance()
         gradients.append([kept["momentum_buffer"].cpu() for kept in job.optimizer.state.values()])
-    for expected, found in zip(*gradients, strict=True):
-        assert (found - expected).norm() < 1e-4 * expected.norm()
+    # measured on the CPU: 8e-5 between two orders of adding, 2e-3 with operands rounded as TF32 does
+    assert max(((b - a).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True)) < 6e-4
 
 
 @pytest.mark.gpu
@@ -406,6 +418,8 @@ def test_captured_evaluation_equals_eager_evaluation(dtype: str) -> None:
     images = estimate.made_up(10, np.full(10, 10), 300, (32, 32, 3)).test_images.to(CUDA)
     eager = evaluate.predict(job.model, images, job.step.scaling, 300, dtype)
     parts = evaluate.predict(job.model, images, job.step.scaling, 77, dtype)
-    torch.testing.assert_close(parts, eager, rtol=1e-2 if dtype == "bf16" else 1e-4, atol=1e-3)
+    # batches of another size may take other kernels: bf16 rounds after every layer, and logits here are around 1
+    rtol, atol = (1e-2, 5e-2) if dtype == "bf16" else (1e-4, 1e-3)
+    torch.testing.assert_close(parts, eager, rtol=rtol, atol=atol)
     replayed = engine_step.capture(lambda: evaluate.predict(job.model, images, job.step.scaling, 300, dtype), [])
     torch.testing.assert_close(replayed(), eager, rtol=0, atol=0)

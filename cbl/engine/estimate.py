@@ -53,7 +53,8 @@ def lanes(runs: Sequence[config.Run], say: Callable[[str], None] = print) -> int
         return 1 if device.type == "cpu" else runs[0].engine.lanes
     kept: list[tuple[Job, torch.cuda.Stream]] = []
     rate, width = 0.0, 1
-    while width <= len(runs):
+    most = min(len(runs), 32)  # torch has no more streams, and a lane takes up to a second to prepare
+    while width <= most:
         try:
             while len(kept) < width:
                 stream = torch.cuda.Stream(device)
@@ -68,7 +69,7 @@ def lanes(runs: Sequence[config.Run], say: Callable[[str], None] = print) -> int
             width //= 2
             break
         rate = max(rate, together)
-        if width * 2 > len(runs) or total - free > 0.4 * total:  # the next doubling doubles what is taken
+        if width * 2 > most or total - free > 0.4 * total:  # the next doubling doubles what is taken
             break
         width *= 2
     del kept

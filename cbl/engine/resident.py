@@ -22,6 +22,7 @@ from cbl.engine.progress import Display, Line
 from cbl.errors import UserError
 
 Journey = Generator[None, None, dict[str, Any]]
+QUEUED = 8  # steps that a lane queues on a GPU before the next lane's turn
 
 
 def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[str, Any]]:
@@ -52,16 +53,21 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
         else:
             width = estimate.lanes(left, display.say)
             lanes: dict[int, tuple[Journey, torch.cuda.Stream | None]] = {}
+            # torch deals out its 32 streams in turn, three to each run: a new one could be a neighbour's
+            spare: dict[str, list[torch.cuda.Stream | None]] = {run.engine.device: [] for run in left}
             while lanes or (waiting and time.monotonic() < deadline):
                 while waiting and len(lanes) < width and time.monotonic() < deadline:
                     number = waiting.pop(0)
-                    lanes[number] = journey(runs[number], display, width, deadline), _new_stream(runs[number].engine)
+                    engine = runs[number].engine
+                    stream = spare[engine.device].pop() if spare[engine.device] else _new_stream(engine)
+                    lanes[number] = journey(runs[number], display, width, deadline), stream
                 for number, (lane, stream) in list(lanes.items()):
                     try:
                         with torch.cuda.stream(stream):  # on the CPU None, and nothing is done
                             next(lane)
                     except StopIteration as last:
                         del lanes[number]
+                        spare[runs[number].engine.device].append(stream)
                         end(number, last.value)
     finally:
         display.close()
@@ -184,12 +190,15 @@ def fit(
         plan[:, 0] = job.images.subset[plan[:, 0]]  # from positions in the subset to images
         rates = np.array([recipe.learning_rate(run.recipe, n, steps.start + i) for i in range(len(plan))])
         job.step.load(plan, rates)
-        for _ in plan:
+        cuda = job.step.device.type == "cuda"
+        for number in range(len(plan)):
             job.advance()
             line.advance()
+            if cuda and number % QUEUED == QUEUED - 1:
+                yield  # where the driver's queue is full the host waits: by then every lane is to have some of it
         due = steps.start + len(plan) == job.last_step or (state["epoch"] + 1) % run.engine.eval_every == 0
         logits, stepped = None, None
-        if job.step.device.type == "cuda":
+        if cuda:
             stepped = torch.cuda.Event()
             stepped.record()
             # queued too: the host would otherwise wait while it takes its turn among the kernels of all other runs
