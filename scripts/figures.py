@@ -72,6 +72,11 @@ FIGURES = {
         lambda found: figures.training_curves(found.runs, found.curves),
         "make reproduce-table",
     ),
+    "moved_drop": Entry(
+        "test error when the learning rate drops at another epoch",
+        lambda found: figures.moved_drop(found.runs, found.curves),
+        "make reproduce-table TABLE=drop",
+    ),
     "head_against_tail": Entry(
         "error of small classes against that of large ones",
         lambda found: figures.head_against_tail(found.runs),

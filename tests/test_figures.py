@@ -402,6 +402,30 @@ def test_training_curves_show_evaluated_epochs():
     np.testing.assert_allclose(lines(error)[figures.BETAS[0.99]].get_data(), [[1, 2, 4], [60, 30, 15]])
 
 
+def test_moved_drops_part_from_the_official_run():
+    def moved(epoch, seed, **changes):
+        recipe = {"milestones": [float(epoch)], "epochs": epoch + 20}
+        return run(factor=200.0, beta=0.9999, seed=seed, error=epoch / 4, recipe=recipe, **changes)
+
+    rows = [moved(100, 1), moved(140, 1), moved(110, 0), run(factor=200.0, beta=0.9999, seed=1)]
+    rows.append(run(factor=200.0, beta=0.9999, seed=1, engine={"dtype": "bf16"}))
+    curves = pd.DataFrame(
+        [
+            (row["run_id"], epoch - 0.01, 0, 0.1, 1.0, 40.0 if epoch % 20 else row["error_last"])
+            for row in rows
+            for epoch in range(4, row["epochs"] + 1, 4)
+        ],
+        columns=list(store.CURVES),
+    )
+    figure = figures.moved_drop(frame(rows), curves)
+    (ax,) = figure.axes
+    assert titles(figure) == ["CIFAR-10, IF 200, Softmax β 0.9999, seed 1, fp32"]
+    ends = [(line.get_xdata()[0], line.get_xdata()[-1], line.get_ydata()[-1]) for line in ax.get_lines()]
+    assert ends == [(99.99, 119.99, 25.0), (139.99, 159.99, 35.0), (63.99, 199.99, 30.0)]  # from the last one before
+    assert [text.get_text() for text in ax.texts] == ["25.0", "35.0"]
+    assert figures.moved_drop(frame(rows[3:]), curves) is None
+
+
 def test_head_against_tail_has_a_point_for_each_setting():
     groups = {"error_many": 10.0, "error_few": 40.0, "groups": "shots"}
     rows = [run("cifar100_lt", **groups), run("cifar100_lt", seed=1, **groups | {"error_few": 50.0})]
@@ -441,7 +465,7 @@ def test_without_runs_only_closed_forms_are_drawn(tmp_path):
 
 
 def test_miniature_draws_all_that_it_has_runs_for(miniature):
-    assert [name for name, figure in drawn(miniature).items() if not figure] == ["fig7", "fig9"]
+    assert [name for name, figure in drawn(miniature).items() if not figure] == ["fig7", "fig9", "moved_drop"]
 
 
 def test_figures_fit_a_paper_and_legends_cover_no_data(miniature):

@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from cbl import class_counts, effective_number
+from cbl.report import tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
 from cbl.report.verdict import Row
 
@@ -58,6 +59,7 @@ GROUPS = {  # the groups of classes of `cbl.longtail`, in words
     ("terciles", "few"): "smallest third of the classes",
 }
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f7fbff", "#6baed6"])  # black text stays readable on all
+DROP_SHADES = LinearSegmentedColormap.from_list("drops", [SKY, BLUE, "#001a33"])  # light to dark, early to late
 
 STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
@@ -368,6 +370,46 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
         left.set(yscale="log", ylabel="training loss, weighted")
         right.set_ylabel("test error, %")
     _beta_legend(figure, shown)
+    return figure
+
+
+@styled
+def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
+    """Test error of one run whose learning rate drops at another epoch, `TABLE=drop`; a panel for each loss.
+
+    Grey is the official run of the same seed, from which the others part at their drops; of several seeds the one with
+    most runs. The number is the error after a run's last step.
+    """
+    curves = curves[curves["test_error"].notna()]
+    rows_of = {row["run_id"]: row for rows in done_runs(runs).values() for row in rows}
+    [panel, *_] = tables.build("drop", runs).panels
+    found: dict[str, list[tuple[int, Row]]] = {}  # the drop's epoch and the run, by column
+    for epoch, (_, cells) in zip(tables.DROPS, panel.rows, strict=True):
+        for column, cell in zip(panel.columns, cells, strict=True):
+            found.setdefault(column, []).extend((epoch, rows_of[name]) for name in cell.run_ids)
+    found = {column: moved for column, moved in found.items() if moved}
+    if not found:
+        return None
+    figure = Figure((PAGE, 2.6 * len(found) + 0.2))
+    for ax, (column, moved) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found.items(), strict=True):
+        seeds = Counter(tables.seed_label(row) for _, row in moved)
+        seed = max(seeds, key=seeds.__getitem__)
+        moved = [(epoch, row) for epoch, row in moved if tables.seed_label(row) == seed]
+        for epoch, row in moved:
+            points = curves[curves["run_id"] == row["run_id"]]
+            before = points["epoch"].le(epoch).sum()  # evaluations up to the drop; the line begins at the last of them
+            colour = DROP_SHADES((epoch - tables.DROPS[0]) / (tables.DROPS[-1] - tables.DROPS[0]))
+            ax.plot(points["epoch"].iloc[before - 1 :], points["test_error"].iloc[before - 1 :], color=colour)
+            end = (points["epoch"].iloc[-1], row["error_last"])
+            ax.annotate(f"{row['error_last']:.1f}", end, (0, -9), textcoords="offset points", ha="center")
+        setting = tables.setting_of(moved[0][1])
+        for row in done_runs(runs).get(setting, []):
+            if row["dtype"] == moved[0][1]["dtype"] and tables.seed_label(row) == seed:
+                points = curves[(curves["run_id"] == row["run_id"]) & (curves["epoch"] > tables.DROPS[0] - 40)]
+                ax.plot(points["epoch"], points["test_error"], color="#aaaaaa", zorder=1)
+        ax.set(xlabel="epoch", ylabel="test error, %")
+        ax.margins(y=0.12)
+        ax.set_title(f"{panel.title}, {column}, seed {seed}, {moved[0][1]['dtype']}")
     return figure
 
 

@@ -203,7 +203,7 @@ def done_runs(runs: pd.DataFrame) -> Done:
         departures = row["overrides"] or ""
         if row["beta"] > 0 and row["reduction"] != "batch":  # at beta 0 both divide by the batch size
             departures = f'{departures} loss.reduction="{row["reduction"]}"'.strip()
-        setting = _setting(row)._replace(departures=departures, model=row["model"], epochs=row["epochs"])
+        setting = setting_of(row)._replace(departures=departures, model=row["model"], epochs=row["epochs"])
         done.setdefault(setting, []).append(row)
     return done
 
@@ -281,7 +281,12 @@ def paired_cell(
 
 
 def _seeds(rows: Iterable[Row]) -> tuple[str, ...]:
-    return tuple(f"{row['seed']}.{row['subset_seed']}" if row["subset_seed"] else f"{row['seed']}" for row in rows)
+    return tuple(map(seed_label, rows))
+
+
+def seed_label(row: Row) -> str:
+    """`1`, or `1.2`: seed 1 on the subset of seed 2."""
+    return f"{row['seed']}.{row['subset_seed']}" if row["subset_seed"] else f"{row['seed']}"
 
 
 def _distinct(rows: Iterable[Row], column: str) -> tuple[str, ...]:
@@ -383,7 +388,7 @@ def table2(done: Done) -> Table:
     cells = {(row["dataset"], row["row"], row["imbalance_factor"]): row for row in _plain_rows(printed.table2())}
     datasets = ("cifar10_lt", "cifar100_lt")
     factors = [*FACTORS, 1.0]
-    settings = {key: _setting(row) for key, row in cells.items()}
+    settings = {key: setting_of(row) for key, row in cells.items()}
     dropped = {key: settings[key]._replace(departures="recipe.drop=0.01") for key in cells if key[2] == 1}
     runs, caption, notes = one_dtype(done, [*settings.values(), *dropped.values()])
 
@@ -430,7 +435,7 @@ def table2(done: Done) -> Table:
 def grid(name: str, done: Done) -> Table:
     """Fig. 8, 9 or 10: the whole search on one data set, 25 settings x 5 imbalance factors."""
     dataset, figure = GRIDS[name]
-    cells = {_setting(row): row["error"] for row in _plain_rows(printed.grids()) if row["dataset"] == dataset}
+    cells = {setting_of(row): row["error"] for row in _plain_rows(printed.grids()) if row["dataset"] == dataset}
     runs, caption, notes = one_dtype(done, cells)
     rows, gains = [], []
     for loss, gamma in printed.LOSSES:
@@ -571,7 +576,8 @@ def _plain_rows(frame: pd.DataFrame) -> list[dict]:
     return [{k: None if pd.isna(v) else v for k, v in row.items()} for row in frame.to_dict("records")]
 
 
-def _setting(row: Mapping) -> Setting:
+def setting_of(row: Mapping) -> Setting:
+    """That of a row of runs.csv or of the paper's numbers, in the official configuration."""
     return Setting(row["dataset"], row["imbalance_factor"], row["loss"], row["gamma"], row["beta"])
 
 
