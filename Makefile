@@ -1,4 +1,4 @@
-# Every target is one or a few `python scripts/...` lines, so that they also run where there is no make.
+# Every target is one or a few lines of `python`, so that they also run where there is no make.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV ?= .venv
@@ -49,7 +49,7 @@ notebooks: setup ## notebooks/ executed to HTML in outputs/notebooks
 figures: setup ## results/figures, from results/
 	$(RUN) scripts/figures.py
 
-bench: setup ## images/s of the training loop here
+bench: setup ## how fast training, loading and the ResNet-50 step are here: a page in results/bench
 	$(RUN) scripts/benchmark.py
 
 .PHONY: help setup test lint reproduce-table data collect tables figures notebooks bench

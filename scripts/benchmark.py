@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,15 @@ def note(bench: Bench, section: str, name: str, rates: list[float], **facts: Any
     row["images_per_second"] = statistics.median(rates)
     row["milliseconds"] = 1000 * row["batch_size"] * row["runs"] / row["images_per_second"]
     row["turns"] = rates
+    keep(bench, row)
+    reached = bench_plot.speed(row["images_per_second"])
+    print(f"  {section}: {name}, {row['dtype']}: {reached} images/s", file=sys.stderr, flush=True)
+
+
+def keep(bench: Bench, row: dict[str, Any]) -> None:
     bench.rows.append(row)
     if bench.partial is not None:
         bench.partial.write_text(json.dumps(bench.rows, indent=1) + "\n", encoding="utf-8")
-    reached = bench_plot.speed(row["images_per_second"])
-    print(f"  {section}: {name}, {row['dtype']}: {reached} images/s", file=sys.stderr, flush=True)
 
 
 class Footprint:
@@ -190,7 +194,7 @@ def one_run(bench: Bench, dtype: str, folder: Path) -> None:
         note(bench, "one run", name, rates[name], dtype=dtype, mebibytes=memory[name])
     for name in (LOOP, EAGER):
         percent = [100 * (reached / ours - 1) for reached, ours in zip(rates[BARE], rates[name], strict=True)]
-        bench.rows.append({"section": "overhead", "name": name, "dtype": dtype, "percent": percent})
+        keep(bench, {"section": "overhead", "name": name, "dtype": dtype, "percent": percent})
 
 
 def one_step(bench: Bench, dtype: str) -> None:
@@ -216,7 +220,7 @@ def floors(bench: Bench) -> None:
             row[f"milliseconds_{name}"] = 1000 * roofline.seconds(operations, rates, fused)
         if bench.cuda:
             row["launch_microseconds"] = 1e6 * launch_seconds(size.device)
-        bench.rows.append(row)
+        keep(bench, row)
 
 
 def launch_seconds(device: torch.device, launches: int = 1000) -> float:
@@ -229,21 +233,27 @@ def side_by_side(bench: Bench, dtype: str, folder: Path) -> None:
     """K runs on one GPU: in one process with a stream and a graph each, and stacked in one network."""
     footprint = Footprint(bench)
     run = make_run(bench.size, dtype, engine__eval_every=2)
-    lanes: list[tuple[torch.cuda.Stream, Unit, Unit]] = []
+    lanes: list[tuple[torch.cuda.Stream, Unit]] = []
+    whole: list[tuple[torch.cuda.Stream, Iterator[tuple[int, bool]]]] = []
     memory = {}
     for k in bench.lanes:
         while len(lanes) < k:
             stream = torch.cuda.Stream(bench.size.device)
             with torch.cuda.stream(stream):
                 job = make_job(bench.size, run)
-            whole = contenders.epochs(run, job, folder / str(len(lanes)))
-            lanes.append((stream, contenders.steps(bench.size, run, job), whole))
+            whole.append((stream, contenders.turns(run, job, folder / str(len(lanes)))))
+            lanes.append((stream, contenders.steps(bench.size, run, job)))
         memory[k] = footprint.mib()
-    for place, name in ((1, "streams"), (2, "streams, whole runs with evaluation")):
-        units = {str(k): functools.partial(together, [(lane[0], lane[place]) for lane in lanes[:k]]) for k in memory}
+    sides: dict[str, dict[str, Unit]] = {
+        "streams": {str(k): functools.partial(together, lanes[:k]) for k in memory},
+        "streams, whole runs with evaluation": {
+            str(k): contenders.epochs(whole[:k], run.engine.eval_every) for k in memory
+        },
+    }
+    for name, units in sides.items():
         for k, rates in race(bench, units, 3, share=0.2).items():
             note(bench, "side by side", name, rates, dtype=dtype, runs=int(k), mebibytes=memory[int(k)])
-    del lanes, units
+    del lanes, whole, units, sides
     for k in [k for k in bench.lanes if 1 < k <= 8]:
         footprint = Footprint(bench)
         rates = race(bench, {"": contenders.stacked(bench.size, dtype, k)}, 3, share=0.1)[""]
@@ -251,7 +261,7 @@ def side_by_side(bench: Bench, dtype: str, folder: Path) -> None:
 
 
 def together(lanes: list[tuple[torch.cuda.Stream, Unit]]) -> int:
-    """A unit of every lane, queued one after another as `resident.train` does."""
+    """A unit of every lane, queued one after another."""
     images = 0
     for stream, unit in lanes:
         with torch.cuda.stream(stream):
@@ -401,7 +411,7 @@ def first_step(bench: Bench) -> None:
         job.step.epoch_losses()  # waits for the device
         taken.append(time.perf_counter() - began)
     row = {"section": "first step", "name": "start of a run to its first step", "dtype": bench.dtypes[0]}
-    bench.rows.append(row | {"seconds": statistics.median(taken), "turns": taken})
+    keep(bench, row | {"seconds": statistics.median(taken), "turns": taken})
 
 
 def cifar(bench: Bench) -> None:
@@ -442,7 +452,7 @@ def loader(bench: Bench) -> None:
         names = loader_speed.photos(Path(name), bench.photos)
         found = loader_speed.compare(Path(name), names, bench.image_size, bench.turns)
     row = {"section": "loader", "name": "one core", "images": bench.photos, "image_size": bench.image_size}
-    bench.rows.append(row | {"turns": bench.turns} | found)
+    keep(bench, row | {"turns": bench.turns} | found)
     print(f"  loader: {found['ours']:,.0f} images/s of one core", file=sys.stderr, flush=True)
 
 
@@ -496,7 +506,7 @@ def _resnet50(bench: Bench) -> None:
         if ours and theirs:
             best = max(theirs, key=lambda key: statistics.median(rates[key]))
             row = {"section": "resnet50 ratio", "name": OURS + form, "against": best}
-            bench.rows.append(row | {"ratio": [a / b for a, b in zip(rates[ours[0]], rates[best], strict=True)]})
+            keep(bench, row | {"ratio": [a / b for a, b in zip(rates[ours[0]], rates[best], strict=True)]})
 
     fastest = max(statistics.median(rates[key]) for key in units if facts[key]["name"].startswith(OURS))
     size = dataclasses.replace(bench.size, batch_size=at_once)
@@ -668,8 +678,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report |= {"seconds": round(time.monotonic() - began), "left_out": bench.left_out}
     report["process_mebibytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     report["rows"] = bench.rows
-    bench.partial.unlink(missing_ok=True)
     files = write(report, given.out)
+    bench.partial.unlink(missing_ok=True)
     bench_plot.show(report, measured_on_gpu(given.out))
     print("Written: " + ", ".join(str(file) for file in files))
     return 1 if failed or agree is False else 0

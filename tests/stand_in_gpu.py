@@ -192,6 +192,9 @@ class Stream:
         Capture.refuse("synchronize")
 
     def record(self) -> None: ...  # of an event
+    def query(self) -> bool:
+        Capture.refuse("query")
+        return True
 
 
 def grouped(lists: Any, with_indices: bool = False, find: Any = torch.optim.Optimizer.__dict__[GROUP]) -> Any:

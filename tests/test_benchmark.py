@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cbl import config, records
-from cbl.engine import contenders, roofline
-from cbl.engine.contenders import Size
+from cbl.engine import contenders, resident, roofline
+from cbl.engine.contenders import Size, make_job, make_run
 from cbl.engine.micro_batches import CHECK_STEPS
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
@@ -160,6 +160,21 @@ def test_a_unit_of_the_training_loop_is_an_epoch(tmp_path: Path) -> None:
     images = [unit() for _ in range(4)]
     assert images == [8, 12, 8, 12]
     assert [row["step"] for row in records.read_metrics(tmp_path)] == [2, 5, 7]  # the last is not waited for
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_lanes_take_turns_within_an_epoch_and_are_measured_over_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "QUEUED", 1)
+    size = dataclasses.replace(TINY, device=torch.device("cuda"))
+    run = make_run(size, "fp32", engine__eval_every=2)
+    lanes = [(None, contenders.turns(run, make_job(size, run), tmp_path / str(k))) for k in range(2)]
+    assert [next(lanes[0][1]) for _ in range(2)] == [(4, False), (4, True)]  # two steps, of which one ends the epoch
+    assert contenders.epochs(lanes)() == 12 + 8
+    assert contenders.epochs(lanes, each=2)() == 8 + 12 + 12 + 8
+    assert [row["step"] for row in records.read_metrics(tmp_path / "0")] == [2, 5, 7]
+    assert [row["test_error"] is None for row in records.read_metrics(tmp_path / "0")] == [True, False, True]
 
 
 def test_memory_layout_does_not_change_what_is_computed() -> None:

@@ -18,7 +18,7 @@ import torch
 from stand_in_gpu import Graph
 
 from cbl import config, records
-from cbl.engine import estimate, evaluate, processes, resident
+from cbl.engine import estimate, evaluate, processes, progress, resident
 from cbl.engine import step as engine_step
 from cbl.engine.job import Job, choose_device, prepare
 from cbl.engine.progress import Display
@@ -221,11 +221,17 @@ def test_runs_side_by_side_give_the_cpus_bits(
     made: list[Any] = []
     make = resident._new_stream
     monkeypatch.setattr(resident, "_new_stream", lambda engine: made.append(make(engine)) or made[-1])
+    turns: list[int] = []
+    advance = progress.Line.advance
+    monkeypatch.setattr(progress.Line, "advance", lambda line: turns.append(id(line)) or advance(line))
     on_cpu = several(tmp_path / "cpu")
     expected = [resident.drive(run, Display(len(on_cpu))) for run in on_cpu]
     graphs: list[Graph] = request.getfixturevalue("stand_in")
     on_gpu = several(tmp_path / "gpu", engine={"device": "cuda", "lanes": 3, "checkpoint_seconds": 0})
+    turns.clear()
     ended = resident.train(on_gpu)
+    first, second, third = dict.fromkeys(turns[:6])
+    assert turns[:6] == [first, first, second, second, third, third]
     assert len(graphs) == 2 * len(on_gpu) and all(graph.operations for graph in graphs)
     assert len(made) == 3  # a run that begins takes the stream of one that has ended
     assert [record["status"] for record in ended] == ["done", "done", "failed", "done", "done"]

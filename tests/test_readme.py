@@ -3,6 +3,12 @@
 import re
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+
+from cbl import config, store
+from cbl.report import tables
+from hydra_plugins.cbl_launcher import to_run
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -12,6 +18,22 @@ def test_the_example_runs() -> None:
     names: dict = {}
     exec(code, names)
     assert names["loss"].item() > 0 and names["model"].weight.grad.abs().sum() > 0
+
+
+def test_the_folder_it_shows_is_that_of_its_first_run() -> None:
+    (arguments,) = re.findall(r"^python scripts/train\.py (dataset=cifar10_lt .*)$", README, re.MULTILINE)[:1]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        run = to_run(compose("train", arguments.split()))
+    assert f"outputs/runs/{config.run_id(run)}/" in README
+
+
+def test_the_digits_that_are_expected_are_those_published() -> None:
+    """The head of configs/experiment/digits.yaml."""
+    words = (ROOT / "configs/experiment/digits.yaml").read_text(encoding="utf-8")
+    (expected,) = re.findall(r"softmax ([\d.]+) %, ([\d.]+) % at beta 0.9999", words)
+    panel = tables.build("digits", store.load(ROOT / "results").runs).panels[0]
+    [row] = [cells for label, cells in panel.rows if label == "Softmax"]
+    assert expected == (f"{row[0].mean:.2f}", f"{row[-1].mean:.2f}")
 
 
 def test_what_it_names_exists() -> None:

@@ -354,7 +354,11 @@ def test_confusion_against_the_oracle() -> None:
     np.testing.assert_array_equal(evaluate.confusion(logits, target), confusion_matrix(target, logits.argmax(1)))
 
 
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.skipif(PAGES.exists() and "[always]" in PAGES.read_text(), reason="huge pages: there are too few faults")
 def test_freed_memory_is_used_again() -> None:
     """In a process of its own, which stays as large as it was: 64 MiB are 16,384 page faults, or none.
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from cbl import ClassBalancedLoss, config, data
-from cbl.engine import estimate, resident, streaming, synthetic
+from cbl.engine import estimate, recipe, resident, streaming, synthetic
 from cbl.engine.job import Job, prepare
 from cbl.engine.micro_batches import CHECK_STEPS
 from cbl.engine.progress import Display
@@ -94,17 +94,39 @@ def steps(size: Size, run: config.Run, job: Job) -> Unit:
     return unit
 
 
-def epochs(run: config.Run, job: Job, folder: Path) -> Unit:
-    """Epochs of the training loop itself, `resident.fit`: plan, steps, guard against NaN, a row of metrics."""
+def turns(run: config.Run, job: Job, folder: Path) -> Iterator[tuple[int, bool]]:
+    """The training loop itself, `resident.fit`, as `resident.train` takes turns with it, without end.
+
+    Plan, steps, guard against NaN, a row of metrics, evaluation where it is due. Gives the images of a turn and whether
+    all of an epoch is queued now.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "best_error": None}
     line = Display(bars=False, quiet=True).run("", job.last_step, run.recipe.batch_size)
     fit = resident.fit(run, job, state, folder, line, Tracker(), math.inf)
+    n, epoch, before = len(job.images.subset), 0, 0
+    for _ in fit:
+        whole = line.done > before and line.done == recipe.epoch_steps(run.recipe, n, epoch).stop
+        epoch += whole
+        yield (line.done - before) * run.recipe.batch_size, whole
+        before = line.done
+
+
+def epochs(lanes: Sequence[tuple[torch.cuda.Stream | None, Iterator[tuple[int, bool]]]], each: int = 1) -> Unit:
+    """`each` epochs of every lane, which is a stream and its `turns`; the lanes take turns."""
 
     def unit() -> int:
-        before = line.done
-        next(fit)
-        return (line.done - before) * run.recipe.batch_size
+        images, left = 0, {number: each for number in range(len(lanes))}
+        while left:
+            for number in list(left):
+                stream, lane = lanes[number]
+                with torch.cuda.stream(stream):  # None: the current one
+                    queued, whole = next(lane)
+                images += queued
+                left[number] -= whole
+                if not left[number]:
+                    del left[number]
+        return images
 
     return unit
 
@@ -112,7 +134,7 @@ def epochs(run: config.Run, job: Job, folder: Path) -> Unit:
 def loop(size: Size, dtype: str, folder: Path) -> Unit:
     """What a run does, but for evaluation and checkpoints; replayed on CUDA."""
     run = make_run(size, dtype)
-    return epochs(run, make_job(size, run), folder)
+    return epochs([(None, turns(run, make_job(size, run), folder))])
 
 
 def replayed(size: Size, dtype: str) -> Unit:

@@ -157,8 +157,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep what tensors leave behind for the next ones, and not give it back to be asked for anew.
 
     The activations of a step come and go with it, and each page that the system has taken back costs a fault and a
-    clearing: of ResNet-32 in fp32 on one core up to 8 % of a step and 46 % of an evaluation. The price is memory: the
-    process stays as large as it ever was. Elsewhere than on glibc nothing happens.
+    clearing: of ResNet-32 in fp32 on one core some percent of a step and almost half of an evaluation. The price is
+    memory: the process stays as large as it ever was. Elsewhere than on glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,7 +1,8 @@
 """Many runs on one device, their images in its memory: `train(runs)`.
 
 `journey` is the life of one run, from its data to its record, and `fit` its training loop. Both are generators that
-give way where the host would wait for the device, so that `train` can keep several runs going side by side.
+give way after some steps on a GPU and wherever the host would wait for it, so that `train` can keep several runs going
+side by side.
 """
 
 import contextlib
@@ -194,22 +195,21 @@ def fit(
         for number in range(len(plan)):
             job.advance()
             line.advance()
-            if cuda and number % QUEUED == QUEUED - 1:
+            if cuda and number % QUEUED == QUEUED - 1 and number + 1 < len(plan):
                 yield  # where the driver's queue is full the host waits: by then every lane is to have some of it
         due = steps.start + len(plan) == job.last_step or (state["epoch"] + 1) % run.engine.eval_every == 0
-        logits, stepped = None, None
-        if cuda:
-            stepped = torch.cuda.Event()
-            stepped.record()
+        logits, stepped = None, _mark(cuda)
+        if cuda and due:
             # queued too: the host would otherwise wait while it takes its turn among the kernels of all other runs
-            logits = job.predict() if due else None
+            logits = job.predict()
+        evaluated = _mark(cuda)
         ahead = next(epochs, ahead)
         yield
 
         # ---- its losses are waited for
-        if stepped is not None:
-            stepped.synchronize()
+        yield from _wait(stepped)
         trained = time.monotonic() - began
+        yield from _wait(evaluated)
         losses = job.step.epoch_losses()
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
@@ -252,6 +252,21 @@ def fit(
             saved = time.monotonic()
         if ending:
             return
+
+
+def _mark(cuda: bool) -> torch.cuda.Event | None:
+    """The place in the stream that has been reached when all that is queued so far is done."""
+    event = torch.cuda.Event() if cuda else None
+    if event is not None:
+        event.record()
+    return event
+
+
+def _wait(event: torch.cuda.Event | None) -> Generator[None, None, None]:
+    """Gives way until the device is there: a host that slept would leave the other lanes without work."""
+    while event is not None and not event.query():
+        time.sleep(1e-4)  # for W&B's threads
+        yield
 
 
 def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any]) -> None:

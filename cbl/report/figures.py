@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from cbl import class_counts, effective_number
+from cbl.config import Recipe
 from cbl.report import tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
 from cbl.report.verdict import Row
@@ -377,10 +378,11 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
 def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     """Test error of one run whose learning rate drops at another epoch, `TABLE=drop`; a panel for each loss.
 
-    Grey is the official run of the same seed, from which the others part at their drops; of several seeds the one with
+    The official run of the same seed is the one that the others part from at their drops; of several seeds the one with
     most runs. The number is the error after a run's last step.
     """
     curves = curves[curves["test_error"].notna()]
+    runs = runs[runs["run_id"].isin(curves["run_id"])]
     rows_of = {row["run_id"]: row for rows in done_runs(runs).values() for row in rows}
     [panel, *_] = tables.build("drop", runs).panels
     found: dict[str, list[tuple[int, Row]]] = {}  # the drop's epoch and the run, by column
@@ -410,6 +412,16 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
         ax.set(xlabel="epoch", ylabel="test error, %")
         ax.margins(y=0.12)
         ax.set_title(f"{panel.title}, {column}, seed {seed}, {moved[0][1]['dtype']}")
+    handles = [Line2D([], [], color="#aaaaaa", label=f"official run, ×0.01 at epoch {Recipe().milestones[0]:g}")]
+    handles.append(
+        Line2D(
+            [],
+            [],
+            color=DROP_SHADES(0.5),
+            label=f"×0.01 where a line parts from it, end {tables.AFTER_DROP} epochs later",
+        )
+    )
+    _legend(figure, handles)
     return figure
 
 
