@@ -505,7 +505,7 @@ def _applies(word: str, setting: Setting) -> bool:
 
 
 def drop(done: Done) -> Table:
-    """The learning rate's first drop moved by epochs: how far an error is luck of the state that it falls on."""
+    """The learning rate's first drop moved by epochs: how far an error goes with the state that it falls on."""
     columns = [Setting("cifar10_lt", 200.0, "softmax", None, beta) for beta in (0.0, 0.9999)]
     moved = {
         epoch: [s._replace(departures=f"recipe.milestones=[{epoch:.1f}]", epochs=epoch + AFTER_DROP) for s in columns]
@@ -518,9 +518,9 @@ def drop(done: Done) -> Table:
     ]
     return Table(
         "drop",
-        "Moved drop: how much of an error is luck of when the learning rate drops, CIFAR-10 at imbalance factor 200",
+        "Moved drop: what an error owes to the epoch at which the learning rate drops, CIFAR-10 at imbalance factor 200",
         f"{caption} The official run drops at epoch 160, and once more at 180, after which it hardly moves. Up to its "
-        "drop every run of a column is the official one of its seed.",
+        "drop every run of a column is the official one of its seed; a later drop also means more training before it.",
         f"{ERRORS} {BOLD}",
         [Panel("CIFAR-10, IF 200", [setting_label(setting) for setting in columns], rows)],
         notes,
