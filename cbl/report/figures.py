@@ -402,15 +402,16 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
             before = points["epoch"].le(epoch).sum()  # evaluations up to the drop; the line begins at the last of them
             colour = DROP_SHADES((epoch - tables.DROPS[0]) / (tables.DROPS[-1] - tables.DROPS[0]))
             ax.plot(points["epoch"].iloc[before - 1 :], points["test_error"].iloc[before - 1 :], color=colour)
-            end = (points["epoch"].iloc[-1], row["error_last"])
-            ax.annotate(f"{row['error_last']:.1f}", end, (0, -9), textcoords="offset points", ha="center")
+            # below its end, at the bottom of the panel: elsewhere it would lie on a neighbour's line
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center", "color": colour}
+            ax.text(points["epoch"].iloc[-1], 0.03, f"{row['error_last']:.1f}", **place)
         setting = tables.setting_of(moved[0][1])
         for row in done_runs(runs).get(setting, []):
             if row["dtype"] == moved[0][1]["dtype"] and tables.seed_label(row) == seed:
                 points = curves[(curves["run_id"] == row["run_id"]) & (curves["epoch"] > tables.DROPS[0] - 40)]
                 ax.plot(points["epoch"], points["test_error"], color="#aaaaaa", zorder=1)
         ax.set(xlabel="epoch", ylabel="test error, %")
-        ax.margins(y=0.12)
+        ax.margins(y=0.15)
         ax.set_title(f"{panel.title}, {column}, seed {seed}, {moved[0][1]['dtype']}")
     handles = [Line2D([], [], color="#aaaaaa", label=f"official run, ×0.01 at epoch {Recipe().milestones[0]:g}")]
     handles.append(
@@ -418,7 +419,7 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
             [],
             [],
             color=DROP_SHADES(0.5),
-            label=f"×0.01 where a line parts from it, end {tables.AFTER_DROP} epochs later",
+            label=f"×0.01 where a line parts from it, end {tables.AFTER_DROP} epochs later, its error below",
         )
     )
     _legend(figure, handles)
