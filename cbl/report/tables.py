@@ -518,7 +518,7 @@ def drop(done: Done) -> Table:
     ]
     return Table(
         "drop",
-        "Moved drop: what an error owes to the epoch of the learning rate's first drop, CIFAR-10 at imbalance factor 200",
+        "Moved drop: what an error owes to the epoch at which the learning rate drops, CIFAR-10 IF 200",
         f"{caption} The official run drops at epoch 160, and once more at 180, after which it hardly moves. Up to its "
         "drop every run of a column is the official one of its seed; a later drop also means more training before it.",
         f"{ERRORS} {BOLD}",
