@@ -60,7 +60,10 @@ ABLATION_BETAS = {"cifar10_lt": 0.9999, "cifar100_lt": 0.9}
 # The learning rate's first drop, at these epochs in place of 160, and the end of the run so many epochs later.
 DROPS, AFTER_DROP = range(100, 161, 10), 20
 
-LEGEND = "≈ agrees with the paper within two standard errors, √(0.7² + s²/n) each; ↓ better (lower error); ↑ worse."
+LEGEND = (
+    "≈ agrees with the paper within two standard errors, √(0.7² + s²/n) each, s our standard deviation (0.7 when "
+    "n < 3); ↓ better (lower error); ↑ worse."
+)
 ERRORS = "Test error (%) after the last step, mean ± standard deviation (runs). – is a gap: not run."
 BOLD = "The lowest error of a column is bold."
 PAIRED = (
