@@ -684,7 +684,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench.left_out.append(f"{name}, it failed: {type(error).__name__}")
             failed = True
     report |= {"seconds": round(time.monotonic() - began), "left_out": bench.left_out}
-    report["process_mebibytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    report["process_mebibytes"] = round(peak_mib())
     report["rows"] = bench.rows
     files = write(report, given.out)
     bench.partial.unlink(missing_ok=True)

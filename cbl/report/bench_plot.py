@@ -222,7 +222,7 @@ def large_verdicts(report: dict[str, Any]) -> list[str]:
         (ours,) = select(report, "resnet50", name=row["name"])
         what = f"{large_size(ours)}, {ours['dtype']}, made-up images"
         median, turns = statistics.median(row["ratio"]), row["ratio"]
-        reached = met(median >= LARGE_RATIO, turns, LARGE_RATIO)
+        reached = met(median >= LARGE_RATIO) + undecided(turns, LARGE_RATIO)
         spread = f"{min(turns):.3f} to {max(turns):.3f}, turns: {len(turns)}"
         said.append(
             f"{what}: {row['name']}, {ours['at_once']} images at a time, reaches {median:.3f} ({spread}) of the "
@@ -262,7 +262,8 @@ def sentences(report: dict[str, Any], measured_on_gpu: bool) -> list[str]:
     for row in select(report, "overhead") if about["kind"] == "cpu" else []:
         percent, target = statistics.median(row["percent"]), ""
         if row["name"] == LOOP:
-            target = f" Target under {OVERHEAD:g} %: {met(percent < OVERHEAD, row['percent'], OVERHEAD)}."
+            reached = met(percent < OVERHEAD) + undecided(row["percent"], OVERHEAD)
+            target = f" Target under {OVERHEAD:g} %: {reached}."
         spread = f"{min(row['percent']):+.1f} to {max(row['percent']):+.1f} in {len(row['percent'])} turns"
         said.append(f"{row['name']} against {BARE}, {row['dtype']}: {percent:+.1f} % ({spread}).{target}")
     said += tried_on_cpu(report) if about["kind"] == "cpu" else []
@@ -326,10 +327,13 @@ def tried_on_cpu(report: dict[str, Any]) -> list[str]:
     return said
 
 
-def met(holds: bool, turns: Sequence[float] = (), target: float = 0.0) -> str:
-    """Whether a target is met; where its median was taken of turns on both sides of the target, that too."""
-    undecided = " by the median, with turns on both sides of it" if turns and min(turns) < target <= max(turns) else ""
-    return ("met" if holds else "missed") + undecided
+def met(holds: bool) -> str:
+    return "met" if holds else "missed"
+
+
+def undecided(turns: Sequence[float], target: float) -> str:
+    """Said after a verdict that rests on the median of `turns` where these fall on both sides of the target."""
+    return " by the median, with turns on both sides of it" if min(turns) < target <= max(turns) else ""
 
 
 def show(report: dict[str, Any], measured_on_gpu: bool, file: IO[str] | None = None) -> None:
