@@ -141,13 +141,21 @@ def test_the_command_itself_and_a_sweep_with_a_bad_job(tmp_path: Path) -> None:
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     settings = [*DIGITS[:-1], "recipe.epochs=100000", "engine.checkpoint_seconds=0"]
     command = [sys.executable, str(SCRIPT), *settings]
-    training = subprocess.Popen(
-        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    while training.poll() is None and not list(tmp_path.glob("outputs/runs/*/checkpoint.pt")):
-        time.sleep(0.02)
-    training.send_signal(signal.SIGINT)
-    _, err = training.communicate(timeout=60)
+    # a shell starts what it puts in the background with Ctrl-C ignored, these tests perhaps, and a child inherits that
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        training = subprocess.Popen(
+            command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    try:
+        while training.poll() is None and not list(tmp_path.glob("outputs/runs/*/checkpoint.pt")):
+            time.sleep(0.02)
+        training.send_signal(signal.SIGINT)
+        _, err = training.communicate(timeout=60)
+    finally:
+        training.kill()  # it would train for hours
     assert training.returncode == 130 and "Traceback" not in err
     assert err.splitlines()[-1] == "Interrupted; the same command goes on from the last checkpoint."
     (folder,) = (tmp_path / "outputs" / "runs").iterdir()
