@@ -90,6 +90,7 @@ class Engine:
     threads: int | None = None  # CPU threads; None: as torch decides
     lanes: int | None = None  # runs side by side on one GPU; None: measured; the CPU has one
     capture: bool = True  # on CUDA, replay the whole step as one CUDA graph
+    fused: bool = False  # on CUDA, kernels of our own (cbl/engine/fused.py) in place of cuDNN's; not for the large sets
     # From here on for the large sets alone.
     micro_batch: int | None = None  # images normalised together; None: 128 as on the authors' TPU, or what fits
     sync_bn: bool = False  # normalise over the micro-batches of all processes
@@ -127,8 +128,8 @@ LARGE = ("inaturalist2017", "inaturalist2018", "imagenet")
 _NOT_IDENTITY = {"dataset.root", "dataset.download", "output_dir"} | {
     f"engine.{name}"
     for name in (
-        "device", "eval_batch", "checkpoint_seconds", "deterministic", "threads", "lanes", "capture", "compile",
-        "workers",
+        "device", "eval_batch", "checkpoint_seconds", "deterministic", "threads", "lanes", "capture", "fused",
+        "compile", "workers",
     )
 }  # fmt: skip
 # Keys that the readable part of a name or a column of runs.csv already tells; every other departure is an override.

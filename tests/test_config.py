@@ -305,6 +305,7 @@ OTHERWISE = {
     "engine.micro_batch": (32, False),  # this and the next for the large sets
     "engine.sync_bn": (True, False),
     "engine.compile": (True, False),
+    "engine.fused": (True, False),
     "engine.workers": (2, False),
     "tracking.mode": ("off", False),
     "tracking.project": ("other", False),

@@ -61,6 +61,7 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
         init=run.model.init,
         seed=run.seed,
     ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    network = _fused(model, (height, width), run.engine.dtype) if device.type == "cuda" and run.engine.fused else model
     loss = ClassBalancedLoss(
         torch.from_numpy(images.counts), run.loss.kind, run.loss.beta, run.loss.gamma, run.loss.reduction
     )
@@ -71,7 +72,7 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
         n, batch_size, run.seed, run.recipe.image_order, shift, run.dataset.flip, images.record_order
     )
     step = Step(
-        model,
+        network,
         loss.to(device),
         optimizer,
         _resident(images.train_images, shift, device),
@@ -85,7 +86,7 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
     test_images = _resident(images.test_images, 0, device)
 
     def predict() -> torch.Tensor:
-        return evaluate.predict(model, test_images, scaling, run.engine.eval_batch, dtype)
+        return evaluate.predict(network, test_images, scaling, run.engine.eval_batch, dtype)
 
     advance: Callable[[], None] = step
     if device.type == "cuda" and run.engine.capture:
@@ -115,6 +116,20 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
             "device": device_name(device),
         },
     )
+
+
+def _fused(model: torch.nn.Module, size: tuple[int, int], dtype: str) -> torch.nn.Module:
+    """`model` in kernels of our own, sharing its weights."""
+    try:
+        from cbl.engine import fused
+    except ImportError:
+        raise UserError("engine.fused=true needs Triton: pip install triton, or set engine.fused=false.") from None
+    if not fused.supports(model, size):
+        raise UserError(
+            f"engine.fused=true computes neither model.shortcut=projection nor images of {size[0]} x {size[1]} pixels "
+            "that 4 does not divide: set engine.fused=false."
+        )
+    return fused.Fused(model, dtype)
 
 
 @functools.lru_cache(maxsize=8)
