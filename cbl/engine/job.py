@@ -118,7 +118,7 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
     )
 
 
-def _fused(model: torch.nn.Module, size: tuple[int, int], dtype: str) -> torch.nn.Module:
+def _fused(model: Any, size: tuple[int, int], dtype: str) -> torch.nn.Module:
     """`model` in kernels of our own, sharing its weights."""
     try:
         from cbl.engine import fused

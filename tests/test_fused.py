@@ -1,0 +1,57 @@
+"""The network in kernels of our own is the network: in Triton's interpreter here, compiled on a GPU."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cbl.models import resnet_cifar
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compare(shortcut: str, channels: int, device: str) -> None:
+    """Loss, gradients, running statistics and evaluation of `Fused` beside those of torch's network, in float32."""
+    from cbl.engine.fused import Fused
+
+    torch.manual_seed(0)
+    model = resnet_cifar(8, in_channels=channels, shortcut=shortcut, seed=0)
+    model.to(device, memory_format=torch.channels_last)
+    plain, network = copy.deepcopy(model), Fused(model, "fp32")
+    x = torch.randn(5, channels, 8, 8).to(device, memory_format=torch.channels_last)
+    target = torch.arange(5, device=device)
+    losses = [F.cross_entropy(net(x), target) for net in (network, plain)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm(), name
+    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    network.eval()
+    plain.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shortcut", "channels"), [("mean_pool", 3), ("strided", 3)])
+def test_fused_is_the_network(shortcut: str, channels: int) -> None:
+    """In a process of its own: whether Triton interprets is decided when the kernels are defined."""
+    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    code = f"from test_fused import compare; compare({shortcut!r}, {channels}, 'cpu')"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shortcut", ["mean_pool", "strided"])
+def test_fused_is_the_network_on_a_gpu(shortcut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    compare(shortcut, 3, "cuda")
