@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cbl.engine import job
+from cbl.errors import UserError
 from cbl.models import resnet_cifar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +41,7 @@ def compare(shortcut: str, channels: int, device: str) -> None:
         torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("shortcut", "channels"), [("mean_pool", 3), ("strided", 3)])
+@pytest.mark.parametrize(("shortcut", "channels"), [("mean_pool", 3), ("strided", 1)])
 def test_fused_is_the_network(shortcut: str, channels: int) -> None:
     """In a process of its own: whether Triton interprets is decided when the kernels are defined."""
     pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
@@ -48,6 +50,21 @@ def test_fused_is_the_network(shortcut: str, channels: int) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("shortcut", "size"), [("projection", (8, 8)), ("mean_pool", (8, 6))])
+def test_what_the_kernels_cannot_do_is_refused(shortcut: str, size: tuple[int, int]) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels: set engine.fused=false"):
+        job._fused(resnet_cifar(8, shortcut=shortcut, seed=0), size, "bf16")
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cbl.engine.fused", raising=False)
+    monkeypatch.delattr("cbl.engine.fused", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match="pip install triton"):
+        job._fused(resnet_cifar(8, seed=0), (8, 8), "bf16")
 
 
 @pytest.mark.gpu

@@ -126,8 +126,8 @@ def _fused(model: Any, size: tuple[int, int], dtype: str) -> torch.nn.Module:
         raise UserError("engine.fused=true needs Triton: pip install triton, or set engine.fused=false.") from None
     if not fused.supports(model, size):
         raise UserError(
-            f"engine.fused=true computes neither model.shortcut=projection nor images of {size[0]} x {size[1]} pixels "
-            "that 4 does not divide: set engine.fused=false."
+            f"engine.fused=true computes images of 1 or 3 channels whose sides 4 divides, and no model.shortcut="
+            f"projection, not this network on {size[0]} x {size[1]} pixels: set engine.fused=false."
         )
     return fused.Fused(model, dtype)
 
