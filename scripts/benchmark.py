@@ -205,7 +205,7 @@ def one_step(bench: Bench, dtype: str) -> None:
 
 def floors(bench: Bench) -> None:
     """Operations and bytes of our step, counted while it runs, and the time they need at this device's rates."""
-    size = dataclasses.replace(bench.size, steps=1)
+    size = dataclasses.replace(bench.size, steps=1, fused=False)  # what a Triton kernel moves cannot be counted
     for dtype in bench.dtypes:
         run = make_run(size, dtype, engine__capture=False)
         job = make_job(size, run)
@@ -566,10 +566,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """<device>-<date>.json, and made of it .md, .png and .svg; of one workload alone <device>-<workload>-<date>."""
+    """<device>-<date>.json, and made of it .md, .png and .svg; of one workload alone <device>-<workload>-<date>.
+
+    With the fused kernels -fused before the date.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", report["environment"]["device"].lower()).strip("-")
     alone = [] if report["workload"] == "all" else [report["workload"]]
+    alone += ["fused"] if report["fused"] else []
     stem = folder / "-".join([slug, *alone, report["date"]])
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md")]
     files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -610,6 +614,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lanes", metavar="A,B", help="cifar: runs side by side; default 1,2,4,8,16,32")
     parser.add_argument("--depth", type=int, metavar="N", help="cifar: of the ResNet; default 32")
     parser.add_argument("--batch-size", type=int, metavar="N", help="cifar: default 128")
+    parser.add_argument("--fused", action="store_true", help="cifar, on a GPU: our step with engine.fused=true")
     parser.add_argument("--gpu-report", type=Path, metavar="DIR", help="parity tests, then --full, all of it into DIR")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -629,7 +634,7 @@ def make_bench(given: argparse.Namespace, device: torch.device) -> Bench:
             f"--lanes is '{given.lanes}': write whole numbers with commas between, such as 1,2,4."
         ) from None
     size = Size(device) if cuda else Size(device, steps=2, n_test=1000)
-    asked = {"depth": given.depth, "batch_size": given.batch_size}
+    asked = {"depth": given.depth, "batch_size": given.batch_size, "fused": given.fused}
     size = dataclasses.replace(size, **{name: value for name, value in asked.items() if value is not None})
     make_run(size, dtypes[0])  # checks them
     return Bench(
@@ -659,6 +664,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if device.type != "cuda":
             raise UserError(f"--gpu-report needs a GPU, and torch {torch.__version__} sees none here.")
         given.full, given.out = True, given.gpu_report
+    if given.fused and device.type != "cuda":
+        raise UserError(f"--fused needs a GPU, and torch {torch.__version__} uses {device} here: leave it out.")
     bench = make_bench(given, device)
     try:
         given.out.mkdir(parents=True, exist_ok=True)
@@ -671,7 +678,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         agree = parity(given.out)
     report: dict[str, Any] = {"workload": given.workload, "date": datetime.date.today().isoformat()}
     report["command"] = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
-    report |= {"full": bench.full, "parity_tests_passed": agree, "environment": environment(device)}
+    report |= {
+        "full": bench.full,
+        "fused": bench.size.fused,
+        "parity_tests_passed": agree,
+        "environment": environment(device),
+    }
     began = time.monotonic()
     failed = False
     for name in WORKLOADS if given.workload == "all" else [given.workload]:

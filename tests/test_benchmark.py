@@ -510,6 +510,7 @@ def test_what_does_not_fit_into_the_budget_is_named(benchmark: ModuleType) -> No
     ("arguments", "message"),
     [
         (["--gpu-report", "somewhere"], "--gpu-report needs a GPU"),
+        (["--fused", "--device", "cpu"], "--fused needs a GPU"),
         (["--dtypes", "fp16"], "--dtypes has 'fp16'"),
         (["--lanes", "1,x"], "--lanes is '1,x'"),
         (["--depth", "9"], "model.depth is 9"),

@@ -40,6 +40,7 @@ class Size:
     batch_size: int = 128
     steps: int = 97  # of an epoch, and of a unit; 97 is CIFAR-10 at imbalance factor 100
     n_test: int = 10_000  # test images
+    fused: bool = False  # our step in the kernels of cbl/engine/fused.py
 
     @property
     def images(self) -> int:
@@ -52,7 +53,13 @@ def make_run(size: Size, dtype: str, **changes: Any) -> config.Run:
     values: dict[str, dict[str, Any]] = {
         "model": {"depth": size.depth},
         "recipe": {"batch_size": size.batch_size, "epochs": 10**6, "learning_rate": 0.01, "warmup_epochs": 0},
-        "engine": {"device": str(size.device), "dtype": dtype, "eval_every": 10**6, "checkpoint_seconds": 1e9},
+        "engine": {
+            "device": str(size.device),
+            "dtype": dtype,
+            "eval_every": 10**6,
+            "checkpoint_seconds": 1e9,
+            "fused": size.fused,
+        },
         "tracking": {"mode": "off"},
     }
     values["recipe"]["milestones"] = []
@@ -150,7 +157,8 @@ def eager(size: Size, dtype: str) -> Unit:
 
 
 def changed(size: Size, dtype: str, change: Callable[[Job], None]) -> Unit:
-    """The step after `change` of its job; captured on CUDA."""
+    """The step in torch's kernels after `change` of its job; captured on CUDA."""
+    size = dataclasses.replace(size, fused=False)
     run = make_run(size, dtype, engine__capture=False)
     job = make_job(size, run)
     change(job)
