@@ -67,8 +67,10 @@ def _keep_running(sums, running_mean, running_var, c, C: tl.constexpr, N):
     """The running statistics after this batch, as torch has them: the variance unbiased."""
     mean = tl.load(sums + c) / N
     variance = (tl.load(sums + C + c) / N - mean * mean) * N / (N - 1)
-    tl.store(running_mean + c, (1 - MOMENTUM) * tl.load(running_mean + c) + MOMENTUM * mean.to(tl.float32))
-    tl.store(running_var + c, (1 - MOMENTUM) * tl.load(running_var + c) + MOMENTUM * variance.to(tl.float32))
+    before = tl.load(running_mean + c)  # constants to the right: Triton's interpreter takes them only there
+    tl.store(running_mean + c, before + (mean.to(tl.float32) - before) * MOMENTUM)
+    before = tl.load(running_var + c)
+    tl.store(running_var + c, before + (variance.to(tl.float32) - before) * MOMENTUM)
 
 
 @triton.jit
