@@ -1,9 +1,9 @@
 """The CIFAR ResNet in kernels of our own: Triton, for GPUs, where cuDNN has little for 16 to 64 channels.
 
-A convolution here applies the batch norm and ReLU before it while it reads its input, and sums what the batch norm
-after it needs while it writes its output; backwards likewise. So each activation is written once, and a block is three
-kernels forwards and four backwards. What is computed is the same, with fewer roundings: in bf16 what lies in memory is
-bfloat16, everything between is float32. `results/bench/` says what an H200 reached; the tiles are not tuned yet.
+A convolution sums what the batch norm after it needs while it writes its output; batch norm, shortcut and ReLU are one
+kernel. Backwards a convolution has two: the one for its weight also writes the gradient through the batch norm, and
+the one for its input sums what the batch norm before it needs. What is computed is the same, with fewer roundings: in
+bf16 what lies in memory is bfloat16, everything between is float32.
 
 Tensors are NHWC. The sums over a batch are float64: blocks of threads add to them in whatever order they come, and the
 difference that makes is far below float32.
@@ -104,33 +104,26 @@ def _around(
 
 @triton.jit
 def _convolution(
-    x, in_sums, gamma, beta, running_mean, running_var, weight, z, out_sums, M, N,
+    x, weight, z, sums, M,
     HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
-    STRIDE: tl.constexpr, NORM: tl.constexpr, TRAIN: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, TRAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr,
 ):  # fmt: skip
-    """z = conv3x3(x), or of relu(batch norm(x)) with NORM; adds what the next batch norm needs to out_sums."""
+    """z = conv3x3(x); adds what the batch norm after it needs to sums."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    if NORM and TRAIN:  # noqa: SIM102  # Triton chains no three
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            _keep_running(in_sums, running_mean, running_var, tl.arange(0, CI), CI, N)
-    if NORM:  # BLOCK_K is a multiple of CI: the channels of every round are the same
-        scale, shift = _affine(in_sums, gamma, beta, tl.arange(0, BLOCK_K) % CI, CI, N)
     total = tl.zeros((BLOCK, BLOCK_CO), tl.float32)
     for first in range(0, 9 * CI, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         at, inside = _around(m, k, M, HI, WI, HO, WO, CI, STRIDE)
         a = tl.load(x + at, mask=inside, other=0.0)
-        if NORM:
-            a = tl.where(inside, tl.maximum(a.to(tl.float32) * scale + shift, 0.0), 0.0)
         w = tl.load(weight + co[None, :] * (9 * CI) + k[:, None], mask=k[:, None] < 9 * CI, other=0.0)
-        total = tl.dot(a.to(z.dtype.element_ty), w.to(z.dtype.element_ty), total, input_precision=PRECISION)
+        total = tl.dot(a.to(z.dtype.element_ty), w, total, input_precision=PRECISION)
     out = total.to(z.dtype.element_ty)
     tl.store(z + m[:, None] * CO + co, out, mask=m[:, None] < M)
     if TRAIN:
         out = out.to(tl.float32)  # beyond M all zeros
-        _add_sums(out_sums, co, CO, out, out * out)
+        _add_sums(sums, co, CO, out, out * out)
 
 
 @triton.jit
@@ -181,47 +174,64 @@ def _last_gradient(
 
 
 @triton.jit
+def _backward_weight(
+    x, g, z, sums, gradient_sums, gamma, dz, partial, M,
+    HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
+    STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """From the gradient g after the batch norm of z = conv3x3(x): that of z, as dz, and that of the weight.
+
+    The latter over EACH of the output's pixels, as partial (programs, CO, 3, 3, CI).
+    """
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    co = tl.program_id(2) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    times, by_z, plus = _through_batch_norm(sums, gradient_sums, gamma, co, CO, M)
+    total = tl.zeros((BLOCK_K, BLOCK_CO), tl.float32)
+    for first in range(0, EACH, BLOCK):
+        m = tl.program_id(0) * EACH + first + tl.arange(0, BLOCK)
+        at, there = m[:, None] * CO + co, m[:, None] < M
+        d = tl.load(g + at, mask=there, other=0.0).to(tl.float32) * times
+        d += tl.load(z + at, mask=there, other=0.0).to(tl.float32) * by_z + plus
+        d = tl.where(there, d, 0.0).to(g.dtype.element_ty)
+        if tl.program_id(1) == 0:
+            tl.store(dz + at, d, mask=there)
+        at, inside = _around(m, k, M, HI, WI, HO, WO, CI, STRIDE)
+        a = tl.load(x + at, mask=inside, other=0.0).to(g.dtype.element_ty)
+        total = tl.dot(tl.trans(a), d, total, input_precision=PRECISION)
+    to = partial + tl.program_id(0) * (9 * CI * CO) + co[None, :] * (9 * CI) + k[:, None]
+    tl.store(to, total, mask=k[:, None] < 9 * CI)
+
+
+@triton.jit
 def _backward_data(
-    g, z, sums, gradient_sums, gamma, weight, shortcut, h, in_z, in_sums, in_gamma, in_beta, out, out_sums, M, N,
+    dz, weight, shortcut, h, z, sums, out, gradient_sums, M,
     HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     STRIDE: tl.constexpr, SHORTCUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CI: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient g after the batch norm of a convolution's output z to the one after that of its input.
+    """From the gradient dz of a convolution's output to the one after the batch norm of z, whose ReLU is its input h.
 
-    With SHORTCUT "inner" the input is relu(batch norm(in_z)); else it is h, the output of the block before, to which
-    the gradient of the shortcut is added; in_z is then that block's last convolution.
+    The gradient of the shortcut around the convolution's block is added where it begins here.
     """
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ci = tl.program_id(1) * BLOCK_CI + tl.arange(0, BLOCK_CI)
     column, row, image = m % WI, m // WI % HI, m // (WI * HI)
     there = m[:, None] < M
-    co = tl.arange(0, BLOCK_K) % CO  # BLOCK_K is a multiple of CO: the same in every round
-    times, by_z, plus = _through_batch_norm(sums, gradient_sums, gamma, co, CO, N)
     total = tl.zeros((BLOCK, BLOCK_CI), tl.float32)
     for first in range(0, 9 * CO, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        tap = k // CO
+        tap, co = k // CO, k % CO
         y, x = row[:, None] - (tap // 3 - 1), column[:, None] - (tap % 3 - 1)
         inside = (y >= 0) & (x >= 0) & there & (k < 9 * CO)
         if STRIDE == 2:
             inside = inside & (y % 2 == 0) & (x % 2 == 0)
             y, x = y // 2, x // 2
         inside = inside & (y < HO) & (x < WO)
-        at = ((image[:, None] * HO + y) * WO + x) * CO + co
-        dz = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * times
-        dz += tl.load(z + at, mask=inside, other=0.0).to(tl.float32) * by_z + plus
-        dz = tl.where(inside, dz, 0.0).to(g.dtype.element_ty)
+        d = tl.load(dz + ((image[:, None] * HO + y) * WO + x) * CO + co, mask=inside, other=0.0)
         w = tl.load(weight + (co * (9 * CI) + tap * CI)[:, None] + ci, mask=k[:, None] < 9 * CO, other=0.0)
-        total = tl.dot(dz, w, total, input_precision=PRECISION)
+        total = tl.dot(d, w, total, input_precision=PRECISION)
     at = m[:, None] * CI + ci
-    before = tl.load(in_z + at, mask=there, other=0.0).to(tl.float32)
-    mean, rstd = _moments(in_sums, ci, CI, M)
-    if SHORTCUT == "inner":
-        scale, shift = _affine(in_sums, in_gamma, in_beta, ci, CI, M)
-        alive = before * scale + shift > 0
-    else:
-        alive = tl.load(h + at, mask=there, other=0.0).to(tl.float32) > 0
     if SHORTCUT == "identity":
         total += tl.load(shortcut + at, mask=there, other=0.0).to(tl.float32)
     if SHORTCUT == "mean_pool" or SHORTCUT == "strided":
@@ -231,39 +241,13 @@ def _backward_data(
         else:
             corner = there & ((row % 2 == 0) & (column % 2 == 0))[:, None]
             total += tl.load(shortcut + half[:, None] + ci, mask=corner, other=0.0).to(tl.float32)
-    rounded = tl.where(alive & there, total, 0.0).to(out.dtype.element_ty)
+    total = tl.where(tl.load(h + at, mask=there, other=0.0).to(tl.float32) > 0, total, 0.0)  # beyond M too
+    rounded = total.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=there)
     rounded = rounded.to(tl.float32)
-    _add_sums(out_sums, ci, CI, rounded, rounded * (before - mean) * rstd)
-
-
-@triton.jit
-def _backward_weight(
-    x, in_sums, in_gamma, in_beta, g, z, sums, gradient_sums, gamma, partial, M, N_IN,
-    HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
-    STRIDE: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, EACH: tl.constexpr,
-):  # fmt: skip
-    """Gradient of a convolution's weight over EACH of its output pixels, as partial (programs, CO, 3, 3, CI)."""
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    co = tl.program_id(2) * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    times, by_z, plus = _through_batch_norm(sums, gradient_sums, gamma, co, CO, M)
-    if NORM:
-        scale, shift = _affine(in_sums, in_gamma, in_beta, k % CI, CI, N_IN)
-    total = tl.zeros((BLOCK_K, BLOCK_CO), tl.float32)
-    for first in range(0, EACH, BLOCK):
-        m = tl.program_id(0) * EACH + first + tl.arange(0, BLOCK)
-        at, there = m[:, None] * CO + co, m[:, None] < M
-        dz = tl.load(g + at, mask=there, other=0.0).to(tl.float32) * times
-        dz += tl.load(z + at, mask=there, other=0.0).to(tl.float32) * by_z + plus
-        dz = tl.where(there, dz, 0.0).to(g.dtype.element_ty)
-        at, inside = _around(m, k, M, HI, WI, HO, WO, CI, STRIDE)
-        a = tl.load(x + at, mask=inside, other=0.0)
-        if NORM:
-            a = tl.where(inside, tl.maximum(a.to(tl.float32) * scale + shift, 0.0), 0.0)
-        total = tl.dot(tl.trans(a.to(g.dtype.element_ty)), dz, total, input_precision=PRECISION)
-    to = partial + tl.program_id(0) * (9 * CI * CO) + co[None, :] * (9 * CI) + k[:, None]
-    tl.store(to, total, mask=k[:, None] < 9 * CI)
+    mean, rstd = _moments(sums, ci, CI, M)
+    normal = (tl.load(z + at, mask=there, other=0.0).to(tl.float32) - mean) * rstd
+    _add_sums(gradient_sums, ci, CI, rounded, rounded * normal)
 
 
 @triton.jit
@@ -303,7 +287,7 @@ class Saved(NamedTuple):
 
     x: Tensor
     z: list[Tensor]  # of every convolution
-    h: list[Tensor]  # of the stem and every block
+    h: list[Tensor]  # of every batch norm, with shortcut and ReLU
     sums: list[Tensor]  # (2 C,) float64 of every batch norm: of values, of squares
     gradient_sums: list[Tensor]  # (2 C,) float64, zeros: of gradients, of gradients times normalised values
     weights: list[Tensor]
@@ -376,49 +360,38 @@ class Fused(nn.Module):
             sums, gradient_sums = list(both.split(widths)), []
         saved = Saved(x, [], [], sums, gradient_sums, weights)
 
-        def over(layer: Convolution) -> int:  # what the sums are to be divided by
-            return batch * layer.size_out[0] * layer.size_out[1] if train else 1
-
         def new(layer: Convolution) -> Tensor:
             return torch.empty(batch, *layer.size_out, layer.co, dtype=self.dtype, device=x.device)
 
-        def norm(number: int) -> tuple[Tensor, ...]:
-            n = self.norms[number]
-            return sums[number], n.weight.detach(), n.bias.detach(), n.running_mean, n.running_var
-
-        def convolve(layer: Convolution, given: Tensor, normalise: bool) -> Tensor:
+        def convolve(layer: Convolution, given: Tensor) -> Tensor:
             z, m = new(layer), batch * layer.size_out[0] * layer.size_out[1]
             block, block_k, block_co, warps, rounds = self._tiles(FORWARD, layer)
-            before = max(0, layer.number - 1)
             _convolution[triton.cdiv(m, block), layer.co // block_co](
-                given, *norm(before), weights[layer.number], z, sums[layer.number], m, over(layers[before]),
-                *layer.size_in, *layer.size_out, layer.ci, layer.co, layer.stride, normalise, train, self.precision,
-                block, block_k, block_co, num_warps=warps, num_stages=rounds,
+                given, weights[layer.number], z, sums[layer.number], m, *layer.size_in, *layer.size_out, layer.ci,
+                layer.co, layer.stride, train, self.precision, block, block_k, block_co,
+                num_warps=warps, num_stages=rounds,
             )  # fmt: skip
             return z
 
         def end(layer: Convolution, z: Tensor, given: Tensor, shortcut: str) -> Tensor:
             h, m = new(layer), batch * layer.size_out[0] * layer.size_out[1]
-            block = POINTWISE // layer.co
+            n, block = self.norms[layer.number], POINTWISE // layer.co
             _block_end[(triton.cdiv(m, block),)](
-                z, *norm(layer.number), given, h, m, over(layer), *layer.size_out, layer.co,
-                given.shape[3], shortcut, train, block,
+                z, sums[layer.number], n.weight.detach(), n.bias.detach(), n.running_mean, n.running_var, given, h,
+                m, m if train else 1, *layer.size_out, layer.co, given.shape[3], shortcut, train, block,
             )  # fmt: skip
+            if train:
+                saved.z.append(z)
+                saved.h.append(h)
             return h
 
-        stem = layers[0]
-        z = convolve(stem, x, normalise=False)
-        h = end(stem, z, z, "none")
-        saved.z.append(z)
-        saved.h.append(h)
+        z = convolve(layers[0], x)
+        h = end(layers[0], z, z, "none")
         for number, block in enumerate(self.blocks):
             first, second = layers[1 + 2 * number : 3 + 2 * number]
-            z1 = convolve(first, h, normalise=False)
-            z2 = convolve(second, z1, normalise=True)
-            h = end(second, z2, h, _shortcut(block))
-            if train:
-                saved.z.extend((z1, z2))
-                saved.h.append(h)
+            z = convolve(first, h)
+            z = convolve(second, end(first, z, z, "none"))
+            h = end(second, z, h, _shortcut(block))
         return h.mean((1, 2), dtype=torch.float32), saved
 
     @torch.no_grad()
@@ -434,34 +407,30 @@ class Fused(nn.Module):
         def pixels(layer: Convolution) -> int:
             return batch * layer.size_out[0] * layer.size_out[1]
 
-        def gradients(number: int) -> tuple[Tensor, ...]:
-            return saved.z[number], saved.sums[number], saved.gradient_sums[number], self.norms[number].weight.detach()
-
-        def through(layer: Convolution, g: Tensor, shortcut: str, of_block: Tensor) -> Tensor:
-            """The gradient after the batch norm before, of `g` after that of `layer`."""
-            inner, before = shortcut == "inner", layer.number - 1
-            h = saved.z[before] if inner else saved.h[before // 2]
-            out, m = torch.empty_like(h), batch * layer.size_in[0] * layer.size_in[1]
-            block, block_k, block_ci, warps, rounds = self._tiles(BACKWARD_DATA, layer)
-            _backward_data[triton.cdiv(m, block), layer.ci // block_ci](
-                g, *gradients(layer.number), saved.weights[layer.number], of_block, h, saved.z[before],
-                saved.sums[before], self.norms[before].weight.detach(), self.norms[before].bias.detach(), out,
-                saved.gradient_sums[before], m, pixels(layer), *layer.size_in, *layer.size_out, layer.ci, layer.co,
-                layer.stride, shortcut, self.precision, block, block_k, block_ci, num_warps=warps, num_stages=rounds,
-            )  # fmt: skip
-            return out
-
-        def weigh(layer: Convolution, given: Tensor, g: Tensor, normalised: bool) -> None:
-            before = max(0, layer.number - 1)
-            n = self.norms[before]
+        def weigh(layer: Convolution, given: Tensor, g: Tensor) -> Tensor:
+            """The gradient of the output of `layer`, of `g` after its batch norm; that of its weight into partial."""
+            number, dz = layer.number, torch.empty_like(g)
             block, block_k, block_co, warps, rounds, each = self._tiles(BACKWARD_WEIGHT, layer)
             grid = triton.cdiv(pixels(layer), each), triton.cdiv(9 * layer.ci, block_k), layer.co // block_co
             _backward_weight[grid](
-                given, saved.sums[before], n.weight.detach(), n.bias.detach(), g, *gradients(layer.number),
-                partial[places[layer.number] :], pixels(layer), batch * layer.size_in[0] * layer.size_in[1],
-                *layer.size_in, *layer.size_out, layer.ci, layer.co, layer.stride, normalised, self.precision,
-                block, block_k, block_co, each, num_warps=warps, num_stages=rounds,
+                given, g, saved.z[number], saved.sums[number], saved.gradient_sums[number],
+                self.norms[number].weight.detach(), dz, partial[places[number] :], pixels(layer), *layer.size_in,
+                *layer.size_out, layer.ci, layer.co, layer.stride, self.precision, block, block_k, block_co, each,
+                num_warps=warps, num_stages=rounds,
             )  # fmt: skip
+            return dz
+
+        def through(layer: Convolution, dz: Tensor, shortcut: str, of_block: Tensor) -> Tensor:
+            """The gradient after the batch norm before `layer`, of `dz` of its output."""
+            before = layer.number - 1
+            out, m = torch.empty_like(saved.h[before]), batch * layer.size_in[0] * layer.size_in[1]
+            block, block_k, block_ci, warps, rounds = self._tiles(BACKWARD_DATA, layer)
+            _backward_data[triton.cdiv(m, block), layer.ci // block_ci](
+                dz, saved.weights[layer.number], of_block, saved.h[before], saved.z[before], saved.sums[before], out,
+                saved.gradient_sums[before], m, *layer.size_in, *layer.size_out, layer.ci, layer.co, layer.stride,
+                shortcut, self.precision, block, block_k, block_ci, num_warps=warps, num_stages=rounds,
+            )  # fmt: skip
+            return out
 
         last = layers[-1]
         g, block = torch.empty_like(saved.h[-1]), POINTWISE // last.co
@@ -471,11 +440,10 @@ class Fused(nn.Module):
         )  # fmt: skip
         for number in reversed(range(len(self.blocks))):
             first, second = layers[1 + 2 * number : 3 + 2 * number]
-            weigh(second, saved.z[first.number], g, normalised=True)
-            inside = through(second, g, "inner", g)
-            weigh(first, saved.h[number], inside, normalised=False)
-            g = through(first, inside, _shortcut(self.blocks[number]), g)
-        weigh(layers[0], saved.x, g, normalised=False)
+            dz = weigh(second, saved.h[first.number], g)
+            dz = weigh(first, saved.h[first.number - 1], through(second, dz, "none", dz))
+            g = through(first, dz, _shortcut(self.blocks[number]), g)
+        weigh(layers[0], saved.x, g)
 
         flat = torch.empty(size, device=pooled.device)
         _add_partials[(len(table),)](partial, flat, table, ADD_BLOCK, ADD_AT_ONCE)
