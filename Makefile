@@ -52,4 +52,7 @@ figures: setup ## results/figures, from results/
 bench: setup ## how fast training, loading and the ResNet-50 step are here: a page in results/bench
 	$(RUN) scripts/benchmark.py
 
-.PHONY: help setup test lint reproduce-table data collect tables figures notebooks bench
+tune: setup ## the fastest tiles of engine.fused's kernels on this GPU, to paste: LANES=1
+	$(RUN) scripts/tune.py --lanes $(or $(LANES),1)
+
+.PHONY: help setup test lint reproduce-table data collect tables figures notebooks bench tune

@@ -1,0 +1,147 @@
+"""The search for the fused kernels' tiles: what it tries, that it finds the fastest, that its tables can be pasted."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+
+from cbl.engine import fused
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "tune.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tune", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tune = load()
+TILES = {(table, channels): tile for table in tune.TABLES for channels, tile in getattr(fused, table).items()}
+
+
+@pytest.mark.parametrize("vary", [tune.shapes, tune.schedules])
+@pytest.mark.parametrize("entry", [entry for entry in TILES if entry[1][0] != 1], ids=str)  # colour images
+def test_candidates_are_tiles_that_the_kernels_can_take(entry: Any, vary: Any) -> None:
+    """Powers of two, outputs that divide the channels, no side below the 16 of a matrix unit, whole sums."""
+    table, (ci, co) = entry
+    candidates = list(vary(entry, TILES[entry]))
+    assert len(candidates) == len(set(candidates)) > 5
+    for pixels, inputs, outputs, warps, rounds, *each in candidates:
+        assert all(n & (n - 1) == 0 for n in (pixels, inputs, outputs, warps, *each))
+        assert pixels >= 32 and inputs >= 16 and outputs >= 16 and 1 <= rounds <= 4
+        assert (ci if table == "BACKWARD_DATA" else co) % outputs == 0
+        assert len(each) == (table == "BACKWARD_WEIGHT") and all(n % pixels == 0 for n in each)
+
+
+def compare_with_other_tiles() -> None:
+    """Whose inputs at a time are more than a convolution has, and whose outputs are half of them."""
+    from test_fused import compare
+
+    tiles = {entry: tile for entry, tile in TILES.items() if entry[1][0] != 1}
+    other = {entry: max(tune.shapes(entry, tile), key=lambda t: (t[1], -t[2])) for entry, tile in tiles.items()}
+    assert sum(tile[1] > 9 * entry[1][0] for entry, tile in other.items()) >= 3
+    assert sum(tile[2] < TILES[entry][2] for entry, tile in other.items()) >= 8
+    tune._take(other)
+    compare("mean_pool", 3, "cpu")
+
+
+def test_other_tiles_compute_the_same_network() -> None:
+    code = "from test_tune import compare_with_other_tiles; compare_with_other_tiles()"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def descend(cost: Any) -> tuple[dict[Any, Any], list[Any], list[Any]]:
+    """What is found of two entries whose times add up, what was reported, what was measured before it was told."""
+    tiles = {entry: TILES[entry] for entry in [("FORWARD", (16, 16)), ("BACKWARD_WEIGHT", (32, 64))]}
+    known, early, reports = list(tiles.values()), [], []
+
+    def measure(given: dict[Any, Any]) -> float | None:
+        early.extend(tile for tile in given.values() if tile not in known)
+        times = [cost(tile) for tile in given.values()]
+        return None if None in times else sum(times)
+
+    def ready(tried: dict[Any, Any]) -> None:
+        known.extend(tile for candidates in tried.values() for tile in candidates)
+
+    tune.descend(tiles, measure(tiles), measure, ready, lambda *report: reports.append(report))
+    return tiles, reports, early
+
+
+def test_descend_finds_the_fastest_and_passes_over_what_does_not_fit() -> None:
+    def cost(tile: tuple[int, ...]) -> float | None:
+        pixels, inputs, outputs, warps, rounds, *each = tile
+        if pixels * inputs > 16384:
+            return None
+        return 3 * 512 / pixels + 256 / inputs + 64 / outputs + 4 * abs(warps - 8) + rounds + sum(each) / 128
+
+    tiles, reports, early = descend(cost)
+    assert not early  # all was compiled before it was measured
+    for entry, tile in tiles.items():
+        for vary, start in ((tune.shapes, TILES[entry]), (tune.schedules, tile)):
+            fits = [(cost(t), t) for t in vary(entry, start) if cost(t) is not None]
+            assert vary is tune.shapes or (cost(tile), tile) == min(fits)
+            assert cost(tile) <= min(fits)[0]  # type: ignore[operator]
+        assert tile != TILES[entry]
+    assert [entry for entry, _, _ in reports] == [*tiles, *tiles]
+    times = [took for _, took, _ in reports]
+    assert times == sorted(times, reverse=True) and times[-1] == sum(cost(tile) for tile in tiles.values())  # type: ignore[misc]
+
+
+def test_a_time_that_was_short_by_chance_changes_nothing() -> None:
+    asked: dict[Any, int] = {}
+
+    def cost(tile: tuple[int, ...]) -> float:
+        asked[tile] = asked.get(tile, 0) + 1
+        return 1.0 if tile in TILES.values() or asked[tile] > 1 else 0.5
+
+    tiles, _, _ = descend(cost)
+    assert all(tiles[entry] == TILES[entry] for entry in tiles)
+
+
+def test_the_tables_can_be_pasted() -> None:
+    found: dict[str, Any] = {}
+    exec(tune.written(TILES), found)
+    for table in tune.TABLES:
+        assert found[table] == getattr(fused, table)
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "measured on a GPU"), (["--lanes", "0"], "--lanes is 0: it must be 1"), (["--depth", "9"], "9")],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(arguments: list[str], said: str) -> None:
+    done = call(*arguments)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.gpu
+def test_a_tile_is_timed_and_one_that_does_not_fit_is_passed_over() -> None:
+    given = tune.parse(["--depth", "8", "--lanes", "2"])
+    tiles = {entry: tile for entry, tile in TILES.items() if entry[1][0] != 1}
+    try:
+        stopwatch = tune.Stopwatch(given)
+        assert 0 < stopwatch(tiles) < 100
+        too_large = {("FORWARD", (64, 64)): (512, 256, 64, 4, 4)}
+        assert stopwatch(tiles | too_large) is None
+        assert 0 < stopwatch(tiles) < 100
+    finally:
+        tune._take(TILES)
