@@ -47,15 +47,15 @@ ADD_BLOCK, ADD_AT_ONCE = 256, 16  # elements and partial sums of a block of thre
 
 
 @triton.jit
-def _moments(sums, c, C: tl.constexpr, N):
+def _moments(sums, c, C: tl.constexpr, N: tl.constexpr):
     """Mean and 1 / deviation of channels c from the sums of values and of squares."""
-    mean = tl.load(sums + c) / N
-    variance = tl.load(sums + C + c) / N - mean * mean
-    return mean.to(tl.float32), 1.0 / tl.sqrt(variance.to(tl.float32) + EPS)
+    mean = tl.load(sums + c) * (1.0 / N)  # a float64 division is some 50 instructions, for every channel of a thread
+    variance = tl.load(sums + C + c) * (1.0 / N) - mean * mean
+    return mean.to(tl.float32), tl.rsqrt(variance.to(tl.float32) + EPS)
 
 
 @triton.jit
-def _affine(sums, gamma, beta, c, C: tl.constexpr, N):
+def _affine(sums, gamma, beta, c, C: tl.constexpr, N: tl.constexpr):
     """Batch norm as scale and shift."""
     mean, rstd = _moments(sums, c, C, N)
     scale = tl.load(gamma + c) * rstd
@@ -63,10 +63,10 @@ def _affine(sums, gamma, beta, c, C: tl.constexpr, N):
 
 
 @triton.jit
-def _keep_running(sums, running_mean, running_var, c, C: tl.constexpr, N):
+def _keep_running(sums, running_mean, running_var, c, C: tl.constexpr, N: tl.constexpr):
     """The running statistics after this batch, as torch has them: the variance unbiased."""
-    mean = tl.load(sums + c) / N
-    variance = (tl.load(sums + C + c) / N - mean * mean) * N / (N - 1)
+    mean = tl.load(sums + c) * (1.0 / N)
+    variance = (tl.load(sums + C + c) * (1.0 / N) - mean * mean) * (N / (N - 1))
     before = tl.load(running_mean + c)  # constants to the right: Triton's interpreter takes them only there
     tl.store(running_mean + c, before + (mean.to(tl.float32) - before) * MOMENTUM)
     before = tl.load(running_var + c)
@@ -74,12 +74,12 @@ def _keep_running(sums, running_mean, running_var, c, C: tl.constexpr, N):
 
 
 @triton.jit
-def _through_batch_norm(sums, gradient_sums, gamma, c, C: tl.constexpr, N):
+def _through_batch_norm(sums, gradient_sums, gamma, c, C: tl.constexpr, N: tl.constexpr):
     """Of batch norm backwards: the gradient at its input is x * gradient + y * input + z."""
     mean, rstd = _moments(sums, c, C, N)
     scale = tl.load(gamma + c) * rstd
-    first = (tl.load(gradient_sums + c) / N).to(tl.float32)
-    second = (tl.load(gradient_sums + C + c) / N).to(tl.float32)
+    first = (tl.load(gradient_sums + c) * (1.0 / N)).to(tl.float32)
+    second = (tl.load(gradient_sums + C + c) * (1.0 / N)).to(tl.float32)
     return scale, -scale * second * rstd, scale * (second * rstd * mean - first)
 
 
@@ -95,11 +95,15 @@ def _around(
     STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Of a 3x3 convolution over (B, HI, WI, C) at output pixels m: where its inputs k of 9 C lie, and whether."""
-    tap, c = k // C, k % C
-    column, row, image = m % WO, m // WO % HO, m // (WO * HO)
-    y, x = (row * STRIDE)[:, None] + (tap // 3 - 1), (column * STRIDE)[:, None] + (tap % 3 - 1)
+    down, right, c = k // (3 * C) - 1, k // C % 3 - 1, k % C
+    column, row = m % WO, m // WO % HO
+    y, x = (row * STRIDE)[:, None] + down, (column * STRIDE)[:, None] + right
     inside = (y >= 0) & (y < HI) & (x >= 0) & (x < WI) & (m < M)[:, None] & (k < 9 * C)
-    return ((image[:, None] * HI + y) * WI + x) * C + c, inside
+    if STRIDE == 1:
+        origin = m
+    else:
+        origin = (m // (WO * HO) * HI + row * STRIDE) * WI + column * STRIDE
+    return (origin * C)[:, None] + ((down * WI + right) * C + c), inside
 
 
 @triton.jit
@@ -128,8 +132,9 @@ def _convolution(
 
 @triton.jit
 def _block_end(
-    z, sums, gamma, beta, running_mean, running_var, x, h, M, N, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-    CI: tl.constexpr, SHORTCUT: tl.constexpr, TRAIN: tl.constexpr, BLOCK: tl.constexpr,
+    z, sums, gamma, beta, running_mean, running_var, x, h, M,
+    N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CI: tl.constexpr,
+    SHORTCUT: tl.constexpr, TRAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h = relu(batch norm(z) + shortcut(x)); x (B, 2H, 2W, CI) where the shortcut halves, none for the stem."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -158,8 +163,9 @@ def _block_end(
 
 @triton.jit
 def _last_gradient(
-    pooled, h, z, sums, gradient, gradient_sums, M, PIXELS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
-):
+    pooled, h, z, sums, gradient, gradient_sums,
+    M: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient of the mean over pixels, through the last ReLU."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, C)
@@ -175,7 +181,7 @@ def _last_gradient(
 
 @triton.jit
 def _backward_weight(
-    x, g, z, sums, gradient_sums, gamma, dz, partial, M,
+    x, g, z, sums, gradient_sums, gamma, dz, partial, M: tl.constexpr,
     HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     STRIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, EACH: tl.constexpr,
@@ -205,7 +211,7 @@ def _backward_weight(
 
 @triton.jit
 def _backward_data(
-    dz, weight, shortcut, h, z, sums, out, gradient_sums, M,
+    dz, weight, shortcut, h, z, sums, out, gradient_sums, M: tl.constexpr,
     HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     STRIDE: tl.constexpr, SHORTCUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CI: tl.constexpr,
@@ -222,13 +228,17 @@ def _backward_data(
     for first in range(0, 9 * CO, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         tap, co = k // CO, k % CO
-        y, x = row[:, None] - (tap // 3 - 1), column[:, None] - (tap % 3 - 1)
+        down, right = tap // 3 - 1, tap % 3 - 1
+        y, x = row[:, None] - down, column[:, None] - right
         inside = (y >= 0) & (x >= 0) & there & (k < 9 * CO)
-        if STRIDE == 2:
+        if STRIDE == 1:
+            at = (m * CO)[:, None] + (co - (down * WO + right) * CO)
+        else:
             inside = inside & (y % 2 == 0) & (x % 2 == 0)
             y, x = y // 2, x // 2
+            at = ((image[:, None] * HO + y) * WO + x) * CO + co
         inside = inside & (y < HO) & (x < WO)
-        d = tl.load(dz + ((image[:, None] * HO + y) * WO + x) * CO + co, mask=inside, other=0.0)
+        d = tl.load(dz + at, mask=inside, other=0.0)
         w = tl.load(weight + (co * (9 * CI) + tap * CI)[:, None] + ci, mask=k[:, None] < 9 * CO, other=0.0)
         total = tl.dot(d, w, total, input_precision=PRECISION)
     at = m[:, None] * CI + ci
