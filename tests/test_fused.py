@@ -17,7 +17,7 @@ from cbl.models import resnet_cifar
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def compare(shortcut: str, channels: int, device: str) -> None:
+def compare(shortcut: str, channels: int, device: str, size: tuple[int, int] = (8, 8)) -> None:
     """Loss, gradients, running statistics and evaluation of `Fused` beside those of torch's network, in float32."""
     from cbl.engine.fused import Fused
 
@@ -25,7 +25,7 @@ def compare(shortcut: str, channels: int, device: str) -> None:
     model = resnet_cifar(8, in_channels=channels, shortcut=shortcut, seed=0)
     model.to(device, memory_format=torch.channels_last)
     plain, network = copy.deepcopy(model), Fused(model, "fp32")
-    x = torch.randn(5, channels, 8, 8).to(device, memory_format=torch.channels_last)
+    x = torch.randn(5, channels, *size).to(device, memory_format=torch.channels_last)
     target = torch.arange(5, device=device)
     losses = [F.cross_entropy(net(x), target) for net in (network, plain)]
     for loss in losses:
@@ -41,11 +41,11 @@ def compare(shortcut: str, channels: int, device: str) -> None:
         torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("shortcut", "channels"), [("mean_pool", 3), ("strided", 1)])
-def test_fused_is_the_network(shortcut: str, channels: int) -> None:
+@pytest.mark.parametrize(("shortcut", "channels", "size"), [("mean_pool", 3, (8, 8)), ("strided", 1, (4, 12))])
+def test_fused_is_the_network(shortcut: str, channels: int, size: tuple[int, int]) -> None:
     """In a process of its own: whether Triton interprets is decided when the kernels are defined."""
     pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
-    code = f"from test_fused import compare; compare({shortcut!r}, {channels}, 'cpu')"
+    code = f"from test_fused import compare; compare({shortcut!r}, {channels}, 'cpu', {size})"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -72,3 +72,4 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_fused_is_the_network_on_a_gpu(shortcut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     compare(shortcut, 3, "cuda")
+    compare(shortcut, 3, "cuda", (32, 28))

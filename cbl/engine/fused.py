@@ -5,8 +5,11 @@ kernel. Backwards a convolution has two: the one for its weight also writes the 
 the one for its input sums what the batch norm before it needs. What is computed is the same, with fewer roundings: in
 bf16 what lies in memory is bfloat16, everything between is float32.
 
-Tensors are NHWC. The sums over a batch are float64: blocks of threads add to them in whatever order they come, and the
-difference that makes is far below float32.
+Tensors are NHWC, each image (H, W) in H + 1 rows of W + 1 pixels of which the last are zeros: they stand below and to
+the right of it, above the next image and to the left of the next row, so that a convolution reads its three rows of
+three pixels without asking where it is. Pixel m of such a tensor is m % (W + 1) in its row. What a convolution reads
+has zeros before its first image too. The sums over a batch are float64: blocks of threads add to them in whatever order
+they come, and the difference that makes is far below float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,21 +26,23 @@ EPS = tl.constexpr(1e-5)  # of every batch norm
 MOMENTUM = tl.constexpr(0.1)
 
 # (channels in, channels out) of a convolution -> pixels, inputs and outputs at a time, warps, rounds under way at once;
-# of the weights' gradient also the pixels that one block of threads adds up
+# of the weights' gradient also the pixels that one block of threads adds up. Inputs are those of three pixels in a row
 FORWARD = {
-    (1, 16): (128, 16, 16, 4, 1), (3, 16): (128, 32, 16, 4, 1), (16, 16): (128, 64, 16, 4, 2),
-    (16, 32): (128, 64, 32, 4, 2), (32, 32): (128, 64, 32, 4, 2), (32, 64): (64, 64, 64, 4, 2),
-    (64, 64): (64, 64, 64, 4, 2),
+    (1, 16): (128, 16, 16, 4, 2), (3, 16): (128, 16, 16, 4, 2), (16, 16): (256, 16, 16, 4, 4),
+    (16, 32): (128, 16, 32, 4, 4), (32, 32): (128, 32, 32, 4, 3), (32, 64): (64, 32, 64, 4, 3),
+    (64, 64): (64, 64, 64, 4, 3),
 }  # fmt: skip
 BACKWARD_DATA = {
-    (16, 16): (128, 64, 16, 4, 2), (16, 32): (128, 64, 16, 4, 2), (32, 32): (128, 64, 32, 4, 2),
-    (32, 64): (64, 64, 32, 4, 2), (64, 64): (64, 64, 64, 4, 2),
+    (16, 16): (256, 16, 16, 4, 4), (16, 32): (256, 32, 16, 4, 3), (32, 32): (128, 32, 32, 4, 3),
+    (32, 64): (64, 64, 32, 4, 3), (64, 64): (64, 64, 64, 4, 3),
 }  # fmt: skip
 BACKWARD_WEIGHT = {
-    (1, 16): (128, 16, 16, 4, 2, 1024),
-    (3, 16): (128, 32, 16, 4, 2, 1024), (16, 16): (64, 256, 16, 4, 2, 1024), (16, 32): (64, 256, 32, 4, 2, 512),
-    (32, 32): (64, 128, 32, 4, 2, 512), (32, 64): (64, 64, 64, 4, 2, 256), (64, 64): (64, 64, 64, 4, 2, 512),
+    (1, 16): (128, 16, 16, 4, 2, 512), (3, 16): (128, 16, 16, 4, 2, 512), (16, 16): (64, 64, 16, 4, 2, 512),
+    (16, 32): (64, 64, 32, 4, 2, 256), (32, 32): (64, 128, 32, 4, 2, 256), (32, 64): (64, 128, 64, 8, 2, 256),
+    (64, 64): (64, 64, 64, 4, 2, 256),
 }  # fmt: skip
+TAIL = tl.constexpr(2048 + 128)  # pixels after the last image; no block of threads adds up more than 2048
+COLOURS = 4  # channels of the images in memory
 POINTWISE = 4096  # elements of a block of threads
 ADD_BLOCK, ADD_AT_ONCE = 256, 16  # elements and partial sums of a block of threads at a time
 
@@ -90,43 +95,76 @@ def _add_sums(sums, c, C: tl.constexpr, first, second):
 
 
 @triton.jit
-def _around(
-    m, k, M, HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, C: tl.constexpr,
-    STRIDE: tl.constexpr,
+def _inside(m, M, H: tl.constexpr, W: tl.constexpr):
+    """Whether pixel m is one of an image."""
+    return (m < M) & (m // (W + 1) % (H + 1) < H) & (m % (W + 1) < W)
+
+
+@triton.jit
+def _origin(m, M, HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, STRIDE: tl.constexpr):
+    """The pixel of the convolution's input on which output pixel m is centred."""
+    origin = m
+    if STRIDE == 2:
+        m = tl.minimum(m, M - 1)
+        column, row, image = m % (WO + 1), m // (WO + 1) % (HO + 1), m // ((WO + 1) * (HO + 1))
+        origin = (image * (HI + 1) + row * 2) * (WI + 1) + column * 2
+    return origin
+
+
+@triton.jit
+def _three(x, left, run, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Elements run of the 3 C that begin at each pixel left; x has C channels."""
+    at = x + (left * C)[:, None] + run
+    if 3 * C % BLOCK_K:
+        return tl.load(at, mask=(run < 3 * C)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _clear_before(x, C: tl.constexpr, BEFORE: tl.constexpr):
+    """Zeros before the first image of x."""
+    tl.store(x - BEFORE * C + tl.arange(0, BEFORE * C), tl.zeros((BEFORE * C,), x.dtype.element_ty))
+
+
+@triton.jit
+def _enter(
+    images, x, M, H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of a 3x3 convolution over (B, HI, WI, C) at output pixels m: where its inputs k of 9 C lie, and whether."""
-    down, right, c = k // (3 * C) - 1, k // C % 3 - 1, k % C
-    column, row = m % WO, m // WO % HO
-    y, x = (row * STRIDE)[:, None] + down, (column * STRIDE)[:, None] + right
-    inside = (y >= 0) & (y < HI) & (x >= 0) & (x < WI) & (m < M)[:, None] & (k < 9 * C)
-    if STRIDE == 1:
-        origin = m
-    else:
-        origin = (m // (WO * HO) * HI + row * STRIDE) * WI + column * STRIDE
-    return (origin * C)[:, None] + ((down * WI + right) * C + c), inside
+    """x = images (B, H, W, CI), with zeros around them and in the channels beyond CI."""
+    if tl.program_id(0) == 0:
+        _clear_before(x, C, BEFORE)
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, C)
+    pixel = (m // ((W + 1) * (H + 1)) * H + m // (W + 1) % (H + 1)) * W + m % (W + 1)
+    there = _inside(m, M, H, W)[:, None] & (c < CI)
+    found = tl.load(images + (pixel * CI)[:, None] + c, mask=there, other=0.0)
+    tl.store(x + m[:, None] * C + c, found.to(x.dtype.element_ty), mask=m[:, None] < M + TAIL)
 
 
 @triton.jit
 def _convolution(
     x, weight, z, sums, M,
-    HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
-    STRIDE: tl.constexpr, TRAIN: tl.constexpr, PRECISION: tl.constexpr,
+    HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, C: tl.constexpr, CI: tl.constexpr,
+    CO: tl.constexpr, STRIDE: tl.constexpr, TRAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr,
 ):  # fmt: skip
-    """z = conv3x3(x); adds what the batch norm after it needs to sums."""
+    """z = conv3x3(x); adds what the batch norm after it needs to sums. x has C channels, of which CI have weights."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    left = _origin(m, M, HI, WI, HO, WO, STRIDE) - (WI + 2)
+    CHUNKS: tl.constexpr = (3 * C + BLOCK_K - 1) // BLOCK_K
     total = tl.zeros((BLOCK, BLOCK_CO), tl.float32)
-    for first in range(0, 9 * CI, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        at, inside = _around(m, k, M, HI, WI, HO, WO, CI, STRIDE)
-        a = tl.load(x + at, mask=inside, other=0.0)
-        w = tl.load(weight + co[None, :] * (9 * CI) + k[:, None], mask=k[:, None] < 9 * CI, other=0.0)
-        total = tl.dot(a.to(z.dtype.element_ty), w, total, input_precision=PRECISION)
-    out = total.to(z.dtype.element_ty)
+    for step in range(0, 3 * CHUNKS):
+        row, run = step // CHUNKS, step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = _three(x, left + row * (WI + 1), run, C, BLOCK_K)
+        at = weight + row * (3 * CI) + (run // C * CI + run % C)[:, None] + co[None, :] * (9 * CI)
+        w = tl.load(at, mask=((run < 3 * C) & (run % C < CI))[:, None], other=0.0)
+        total = tl.dot(a, w, total, input_precision=PRECISION)
+    out = tl.where(_inside(m, M, HO, WO)[:, None], total, 0.0).to(z.dtype.element_ty)
     tl.store(z + m[:, None] * CO + co, out, mask=m[:, None] < M)
     if TRAIN:
-        out = out.to(tl.float32)  # beyond M all zeros
+        out = out.to(tl.float32)
         _add_sums(sums, co, CO, out, out * out)
 
 
@@ -134,84 +172,96 @@ def _convolution(
 def _block_end(
     z, sums, gamma, beta, running_mean, running_var, x, h, M,
     N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CI: tl.constexpr,
-    SHORTCUT: tl.constexpr, TRAIN: tl.constexpr, BLOCK: tl.constexpr,
+    SHORTCUT: tl.constexpr, TRAIN: tl.constexpr, BEFORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """h = relu(batch norm(z) + shortcut(x)); x (B, 2H, 2W, CI) where the shortcut halves, none for the stem."""
+    """h = relu(batch norm(z) + shortcut(x)); x of images (2H, 2W) with CI channels where the shortcut halves them."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, C)
     scale, shift = _affine(sums, gamma, beta, c, C, N)
-    if TRAIN and tl.program_id(0) == 0:
-        _keep_running(sums, running_mean, running_var, c, C, N)
-    there = m[:, None] < M
+    if tl.program_id(0) == 0:
+        _clear_before(h, C, BEFORE)
+        if TRAIN:
+            _keep_running(sums, running_mean, running_var, c, C, N)
+    there = _inside(m, M, H, W)[:, None]
     out = tl.load(z + m[:, None] * C + c, mask=there, other=0.0).to(tl.float32) * scale + shift
     if SHORTCUT == "identity":
         out += tl.load(x + m[:, None] * C + c, mask=there, other=0.0).to(tl.float32)
     if SHORTCUT == "strided" or SHORTCUT == "mean_pool":
         ci = c - (C - CI) // 2
         inside = there & (ci >= 0) & (ci < CI)
-        column, row, image = m % W, m // W % H, m // (W * H)
-        corner = x + (((image * 2 * H + 2 * row) * 2 * W + 2 * column) * CI)[:, None] + ci
+        corner = x + (_origin(m, M, 2 * H, 2 * W, H, W, 2) * CI)[:, None] + ci
         first = tl.load(corner, mask=inside, other=0.0).to(tl.float32)
         if SHORTCUT == "mean_pool":
             first += tl.load(corner + CI, mask=inside, other=0.0).to(tl.float32)
-            first += tl.load(corner + 2 * W * CI, mask=inside, other=0.0).to(tl.float32)
-            first += tl.load(corner + 2 * W * CI + CI, mask=inside, other=0.0).to(tl.float32)
+            first += tl.load(corner + (2 * W + 1) * CI, mask=inside, other=0.0).to(tl.float32)
+            first += tl.load(corner + (2 * W + 2) * CI, mask=inside, other=0.0).to(tl.float32)
             first *= 0.25
         out += first
-    tl.store(h + m[:, None] * C + c, tl.maximum(out, 0.0).to(h.dtype.element_ty), mask=there)
+    out = tl.where(there, tl.maximum(out, 0.0), 0.0).to(h.dtype.element_ty)
+    tl.store(h + m[:, None] * C + c, out, mask=m[:, None] < M + TAIL)
 
 
 @triton.jit
 def _last_gradient(
     pooled, h, z, sums, gradient, gradient_sums,
-    M: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the mean over pixels, through the last ReLU."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, C)
     there = m[:, None] < M
-    g = tl.load(pooled + (m // PIXELS)[:, None] * C + c, mask=there, other=0.0) / PIXELS
-    g = tl.where(tl.load(h + m[:, None] * C + c, mask=there, other=0.0).to(tl.float32) > 0, g, 0.0)
+    g = tl.load(pooled + (m // ((H + 1) * (W + 1)))[:, None] * C + c, mask=there, other=0.0) / (H * W)
+    g = tl.where(tl.load(h + m[:, None] * C + c, mask=there, other=0.0).to(tl.float32) > 0, g, 0.0)  # around: no h
     g = g.to(gradient.dtype.element_ty)
     tl.store(gradient + m[:, None] * C + c, g, mask=there)
-    mean, rstd = _moments(sums, c, C, M)
+    mean, rstd = _moments(sums, c, C, N)
     g = g.to(tl.float32)
     _add_sums(gradient_sums, c, C, g, g * (tl.load(z + m[:, None] * C + c, mask=there, other=0.0) - mean) * rstd)
 
 
 @triton.jit
 def _backward_weight(
-    x, g, z, sums, gradient_sums, gamma, dz, partial, M: tl.constexpr,
-    HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
-    STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x, g, z, sums, gradient_sums, gamma, dz, partial, M: tl.constexpr, N: tl.constexpr,
+    HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, C: tl.constexpr, CI: tl.constexpr,
+    CO: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr, BEFORE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """From the gradient g after the batch norm of z = conv3x3(x): that of z, as dz, and that of the weight.
 
     The latter over EACH of the output's pixels, as partial (programs, CO, 3, 3, CI).
     """
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    run = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     co = tl.program_id(2) * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    times, by_z, plus = _through_batch_norm(sums, gradient_sums, gamma, co, CO, M)
-    total = tl.zeros((BLOCK_K, BLOCK_CO), tl.float32)
+    if tl.program_id(0) == 0 and tl.program_id(1) == 0 and tl.program_id(2) == 0:
+        _clear_before(dz, CO, BEFORE)
+    times, by_z, plus = _through_batch_norm(sums, gradient_sums, gamma, co, CO, N)
+    above = tl.zeros((BLOCK_K, BLOCK_CO), tl.float32)  # of the weight's three rows
+    level = tl.zeros((BLOCK_K, BLOCK_CO), tl.float32)
+    below = tl.zeros((BLOCK_K, BLOCK_CO), tl.float32)
     for first in range(0, EACH, BLOCK):
         m = tl.program_id(0) * EACH + first + tl.arange(0, BLOCK)
-        at, there = m[:, None] * CO + co, m[:, None] < M
+        at, there = m[:, None] * CO + co, _inside(m, M, HO, WO)[:, None]
         d = tl.load(g + at, mask=there, other=0.0).to(tl.float32) * times
         d += tl.load(z + at, mask=there, other=0.0).to(tl.float32) * by_z + plus
         d = tl.where(there, d, 0.0).to(g.dtype.element_ty)
         if tl.program_id(1) == 0:
-            tl.store(dz + at, d, mask=there)
-        at, inside = _around(m, k, M, HI, WI, HO, WO, CI, STRIDE)
-        a = tl.load(x + at, mask=inside, other=0.0).to(g.dtype.element_ty)
-        total = tl.dot(tl.trans(a), d, total, input_precision=PRECISION)
-    to = partial + tl.program_id(0) * (9 * CI * CO) + co[None, :] * (9 * CI) + k[:, None]
-    tl.store(to, total, mask=k[:, None] < 9 * CI)
+            tl.store(dz + at, d)
+        left = _origin(m, M, HI, WI, HO, WO, STRIDE) - (WI + 2)
+        above = tl.dot(tl.trans(_three(x, left, run, C, BLOCK_K)), d, above, input_precision=PRECISION)
+        left += WI + 1
+        level = tl.dot(tl.trans(_three(x, left, run, C, BLOCK_K)), d, level, input_precision=PRECISION)
+        left += WI + 1
+        below = tl.dot(tl.trans(_three(x, left, run, C, BLOCK_K)), d, below, input_precision=PRECISION)
+    to = partial + tl.program_id(0) * (9 * CI * CO) + (run // C * CI + run % C)[:, None] + co[None, :] * (9 * CI)
+    there = ((run < 3 * C) & (run % C < CI))[:, None]
+    tl.store(to, above, mask=there)
+    tl.store(to + 3 * CI, level, mask=there)
+    tl.store(to + 6 * CI, below, mask=there)
 
 
 @triton.jit
 def _backward_data(
-    dz, weight, shortcut, h, z, sums, out, gradient_sums, M: tl.constexpr,
+    dz, weight, shortcut, h, z, sums, out, gradient_sums, M: tl.constexpr, N: tl.constexpr,
     HI: tl.constexpr, WI: tl.constexpr, HO: tl.constexpr, WO: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     STRIDE: tl.constexpr, SHORTCUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CI: tl.constexpr,
@@ -222,40 +272,39 @@ def _backward_data(
     """
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ci = tl.program_id(1) * BLOCK_CI + tl.arange(0, BLOCK_CI)
-    column, row, image = m % WI, m // WI % HI, m // (WI * HI)
+    column, row, image = m % (WI + 1), m // (WI + 1) % (HI + 1), m // ((WI + 1) * (HI + 1))
     there = m[:, None] < M
+    CHUNKS: tl.constexpr = (3 * CO + BLOCK_K - 1) // BLOCK_K
     total = tl.zeros((BLOCK, BLOCK_CI), tl.float32)
-    for first in range(0, 9 * CO, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        tap, co = k // CO, k % CO
-        down, right = tap // 3 - 1, tap % 3 - 1
-        y, x = row[:, None] - down, column[:, None] - right
-        inside = (y >= 0) & (x >= 0) & there & (k < 9 * CO)
-        if STRIDE == 1:
-            at = (m * CO)[:, None] + (co - (down * WO + right) * CO)
+    for step in range(0, 3 * CHUNKS):
+        tap_row, run = step // CHUNKS, step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap_column, co = run // CO, run % CO
+        if STRIDE == 1:  # a pixel's gradient comes from its neighbours, the upper left one's by the lower right weight
+            d = _three(dz, m - (WI + 2) + tap_row * (WI + 1), run, CO, BLOCK_K)
+            tap_row, tap_column = 2 - tap_row, 2 - tap_column
         else:
-            inside = inside & (y % 2 == 0) & (x % 2 == 0)
-            y, x = y // 2, x // 2
-            at = ((image[:, None] * HO + y) * WO + x) * CO + co
-        inside = inside & (y < HO) & (x < WO)
-        d = tl.load(dz + at, mask=inside, other=0.0)
-        w = tl.load(weight + (co * (9 * CI) + tap * CI)[:, None] + ci, mask=k[:, None] < 9 * CO, other=0.0)
+            y, x = row + 1 - tap_row, column[:, None] + 1 - tap_column
+            inside = ((y % 2 == 0) & (m < M))[:, None] & (x % 2 == 0) & (run < 3 * CO)
+            at = ((image * (HO + 1) + y // 2) * (WO + 1))[:, None] + x // 2
+            d = tl.load(dz + at * CO + co, mask=inside, other=0.0)
+        at = weight + (co * (9 * CI) + (tap_row * 3 + tap_column) * CI)[:, None] + ci
+        w = tl.load(at, mask=run[:, None] < 3 * CO, other=0.0)
         total = tl.dot(d, w, total, input_precision=PRECISION)
     at = m[:, None] * CI + ci
     if SHORTCUT == "identity":
         total += tl.load(shortcut + at, mask=there, other=0.0).to(tl.float32)
     if SHORTCUT == "mean_pool" or SHORTCUT == "strided":
-        half = ((image * HO + row // 2) * WO + column // 2) * CO + (CO - CI) // 2
+        half = ((image * (HO + 1) + row // 2) * (WO + 1) + column // 2) * CO + (CO - CI) // 2
         if SHORTCUT == "mean_pool":
             total += 0.25 * tl.load(shortcut + half[:, None] + ci, mask=there, other=0.0).to(tl.float32)
         else:
             corner = there & ((row % 2 == 0) & (column % 2 == 0))[:, None]
             total += tl.load(shortcut + half[:, None] + ci, mask=corner, other=0.0).to(tl.float32)
-    total = tl.where(tl.load(h + at, mask=there, other=0.0).to(tl.float32) > 0, total, 0.0)  # beyond M too
+    total = tl.where(tl.load(h + at, mask=there, other=0.0).to(tl.float32) > 0, total, 0.0)  # around: no h
     rounded = total.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=there)
     rounded = rounded.to(tl.float32)
-    mean, rstd = _moments(sums, ci, CI, M)
+    mean, rstd = _moments(sums, ci, CI, N)
     normal = (tl.load(z + at, mask=there, other=0.0).to(tl.float32) - mean) * rstd
     _add_sums(gradient_sums, ci, CI, rounded, rounded * normal)
 
@@ -291,10 +340,16 @@ class Convolution(NamedTuple):
     size_in: tuple[int, int]
     size_out: tuple[int, int]
 
+    @property
+    def stored(self) -> int:
+        """Channels of its input in memory."""
+        return max(self.ci, COLOURS)
+
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass; z and h hold (B, H, W, C)."""
+    """What the backward pass needs of the forward pass; x, z and h hold pixels and those around them, by channels."""
 
+    size: tuple[int, int]  # of the images
     x: Tensor
     z: list[Tensor]  # of every convolution
     h: list[Tensor]  # of every batch norm, with shortcut and ReLU
@@ -304,12 +359,13 @@ class Saved(NamedTuple):
 
 
 def supports(model: nn.Module, size: tuple[int, int]) -> bool:
-    """Whether `Fused` computes `model` on images of `size` (H, W), which must be multiples of 4; no projection."""
+    """Whether `Fused` computes `model` on images of `size` (H, W): multiples of 4, W at most 124; no projection."""
     return (
         isinstance(model, ResNetCifar)
         and (model.conv1.in_channels, model.conv1.out_channels) in FORWARD
         and size[0] % 4 == 0
         and size[1] % 4 == 0
+        and size[1] + 4 <= TAIL.value - 2048  # what is read after the last image
         and all(isinstance(b.shortcut, nn.Identity | PoolAndPad) for b in model.modules() if isinstance(b, BasicBlock))
     )
 
@@ -332,7 +388,7 @@ class Fused(nn.Module):
         self.convolutions = [convolution for convolution, _ in pairs]
         self.norms = [norm for _, norm in pairs]
         self.cast = [torch.empty_like(c.weight, dtype=self.dtype) for c in self.convolutions]
-        self.tables: dict[torch.Size, tuple[list[int], Tensor, int]] = {}
+        self.tables: dict[tuple[int, tuple[int, int]], tuple[list[int], Tensor, int]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -368,85 +424,91 @@ class Fused(nn.Module):
             squares = torch._foreach_addcmul([n.running_var for n in self.norms], means, means)
             both = torch.cat([part for pair in zip(means, squares, strict=True) for part in pair]).double()
             sums, gradient_sums = list(both.split(widths)), []
-        saved = Saved(x, [], [], sums, gradient_sums, weights)
-
-        def new(layer: Convolution) -> Tensor:
-            return torch.empty(batch, *layer.size_out, layer.co, dtype=self.dtype, device=x.device)
+        size, stored = layers[0].size_in, layers[0].stored
+        entered = self._surrounded(x, batch, size, stored)
+        _enter[(triton.cdiv(_pixels(batch, size) + TAIL.value, POINTWISE // stored),)](
+            x, entered, _pixels(batch, size), *size, x.shape[3], stored, _before(size), POINTWISE // stored
+        )
+        saved = Saved(size, entered, [], [], sums, gradient_sums, weights)
 
         def convolve(layer: Convolution, given: Tensor) -> Tensor:
-            z, m = new(layer), batch * layer.size_out[0] * layer.size_out[1]
+            m = _pixels(batch, layer.size_out)
+            z = torch.empty(m, layer.co, dtype=self.dtype, device=x.device)
             block, block_k, block_co, warps, rounds = self._tiles(FORWARD, layer)
             _convolution[triton.cdiv(m, block), layer.co // block_co](
-                given, weights[layer.number], z, sums[layer.number], m, *layer.size_in, *layer.size_out, layer.ci,
-                layer.co, layer.stride, train, self.precision, block, block_k, block_co,
+                given, weights[layer.number], z, sums[layer.number], m, *layer.size_in, *layer.size_out, layer.stored,
+                layer.ci, layer.co, layer.stride, train, self.precision, block, block_k, block_co,
                 num_warps=warps, num_stages=rounds,
             )  # fmt: skip
             return z
 
         def end(layer: Convolution, z: Tensor, given: Tensor, shortcut: str) -> Tensor:
-            h, m = new(layer), batch * layer.size_out[0] * layer.size_out[1]
+            h, count = self._surrounded(x, batch, layer.size_out, layer.co), _count(batch, layer.size_out)
             n, block = self.norms[layer.number], POINTWISE // layer.co
-            _block_end[(triton.cdiv(m, block),)](
+            _block_end[(triton.cdiv(len(z) + TAIL.value, block),)](
                 z, sums[layer.number], n.weight.detach(), n.bias.detach(), n.running_mean, n.running_var, given, h,
-                m, m if train else 1, *layer.size_out, layer.co, given.shape[3], shortcut, train, block,
+                len(z), count if train else 1, *layer.size_out, layer.co, given.shape[1], shortcut, train,
+                _before(layer.size_out), block,
             )  # fmt: skip
             if train:
                 saved.z.append(z)
                 saved.h.append(h)
             return h
 
-        z = convolve(layers[0], x)
+        z = convolve(layers[0], entered)
         h = end(layers[0], z, z, "none")
         for number, block in enumerate(self.blocks):
             first, second = layers[1 + 2 * number : 3 + 2 * number]
             z = convolve(first, h)
             z = convolve(second, end(first, z, z, "none"))
             h = end(second, z, h, _shortcut(block))
-        return h.mean((1, 2), dtype=torch.float32), saved
+        pixels, height, width = len(z) // batch, *layers[-1].size_out
+        h = h[: len(z)].view(batch, pixels, -1)
+        return h.sum(1, dtype=torch.float32) / (height * width), saved  # around the images are zeros
 
     @torch.no_grad()
     def body_backward(self, saved: Saved, pooled: Tensor) -> list[Tensor]:
         """Gradients of weight, scale and shift of every convolution, from that of the mean (B, 64)."""
-        batch, layers = len(pooled), self.layers((saved.x.shape[1], saved.x.shape[2]))
-        counts, table, size = self._table(saved.x, layers)
+        batch, layers = len(pooled), self.layers(saved.size)
+        counts, table, size = self._table(batch, layers, pooled.device)
         places = [0]
         for count, weight in zip(counts, saved.weights, strict=True):
             places.append(places[-1] + count * weight.numel())
         partial = torch.empty(places[-1], device=pooled.device)
 
-        def pixels(layer: Convolution) -> int:
-            return batch * layer.size_out[0] * layer.size_out[1]
-
         def weigh(layer: Convolution, given: Tensor, g: Tensor) -> Tensor:
             """The gradient of the output of `layer`, of `g` after its batch norm; that of its weight into partial."""
-            number, dz = layer.number, torch.empty_like(g)
+            number, size = layer.number, layer.size_out
+            dz = self._surrounded(g, batch, size, layer.co)
             block, block_k, block_co, warps, rounds, each = self._tiles(BACKWARD_WEIGHT, layer)
-            grid = triton.cdiv(pixels(layer), each), triton.cdiv(9 * layer.ci, block_k), layer.co // block_co
+            grid = triton.cdiv(len(g), each), triton.cdiv(3 * layer.stored, block_k), layer.co // block_co
             _backward_weight[grid](
                 given, g, saved.z[number], saved.sums[number], saved.gradient_sums[number],
-                self.norms[number].weight.detach(), dz, partial[places[number] :], pixels(layer), *layer.size_in,
-                *layer.size_out, layer.ci, layer.co, layer.stride, self.precision, block, block_k, block_co, each,
-                num_warps=warps, num_stages=rounds,
+                self.norms[number].weight.detach(), dz, partial[places[number] :], len(g), _count(batch, size),
+                *layer.size_in, *size, layer.stored, layer.ci, layer.co, layer.stride, self.precision, _before(size),
+                block, block_k, block_co, each, num_warps=warps, num_stages=rounds,
             )  # fmt: skip
             return dz
 
         def through(layer: Convolution, dz: Tensor, shortcut: str, of_block: Tensor) -> Tensor:
             """The gradient after the batch norm before `layer`, of `dz` of its output."""
             before = layer.number - 1
-            out, m = torch.empty_like(saved.h[before]), batch * layer.size_in[0] * layer.size_in[1]
+            z = saved.z[before]
+            out = torch.empty_like(z)
             block, block_k, block_ci, warps, rounds = self._tiles(BACKWARD_DATA, layer)
-            _backward_data[triton.cdiv(m, block), layer.ci // block_ci](
-                dz, saved.weights[layer.number], of_block, saved.h[before], saved.z[before], saved.sums[before], out,
-                saved.gradient_sums[before], m, *layer.size_in, *layer.size_out, layer.ci, layer.co, layer.stride,
-                shortcut, self.precision, block, block_k, block_ci, num_warps=warps, num_stages=rounds,
+            _backward_data[triton.cdiv(len(z), block), layer.ci // block_ci](
+                dz, saved.weights[layer.number], of_block, saved.h[before], z, saved.sums[before], out,
+                saved.gradient_sums[before], len(z), _count(batch, layer.size_in), *layer.size_in, *layer.size_out,
+                layer.ci, layer.co, layer.stride, shortcut, self.precision, block, block_k, block_ci,
+                num_warps=warps, num_stages=rounds,
             )  # fmt: skip
             return out
 
-        last = layers[-1]
-        g, block = torch.empty_like(saved.h[-1]), POINTWISE // last.co
-        _last_gradient[(triton.cdiv(pixels(last), block),)](
-            pooled.contiguous(), saved.h[-1], saved.z[-1], saved.sums[-1], g, saved.gradient_sums[-1], pixels(last),
-            last.size_out[0] * last.size_out[1], last.co, block,
+        last, z = layers[-1], saved.z[-1]
+        g, block = torch.empty_like(z), POINTWISE // last.co
+        _last_gradient[(triton.cdiv(len(z), block),)](
+            pooled.contiguous(), saved.h[-1], z, saved.sums[-1], g, saved.gradient_sums[-1], len(z), *last.size_out,
+            _count(batch, last.size_out), last.co, block,
         )  # fmt: skip
         for number in reversed(range(len(self.blocks))):
             first, second = layers[1 + 2 * number : 3 + 2 * number]
@@ -471,20 +533,41 @@ class Fused(nn.Module):
         block, *others = table[layer.ci, layer.co]
         return block // (self.dtype.itemsize // 2), *others  # float32 takes twice the shared memory
 
-    def _table(self, x: Tensor, layers: Sequence[Convolution]) -> tuple[list[int], Tensor, int]:
+    def _surrounded(self, like: Tensor, batch: int, size: tuple[int, int], channels: int) -> Tensor:
+        """Room for images that a convolution reads: from the first pixel, with more before and TAIL after."""
+        before = _before(size)
+        shape = (before + _pixels(batch, size) + TAIL.value, channels)
+        return torch.empty(shape, dtype=self.dtype, device=like.device)[before:]
+
+    def _table(self, batch: int, layers: Sequence[Convolution], device: torch.device) -> tuple[list[int], Tensor, int]:
         """Partial sums of each convolution, `_add_partials`'s table of what to add, elements of the result."""
-        if x.shape not in self.tables:
+        key = batch, layers[0].size_in
+        if key not in self.tables:
             counts, rows, source, target = [], [], 0, 0
             for layer, convolution in zip(layers, self.convolutions, strict=True):
                 each = BACKWARD_WEIGHT[layer.ci, layer.co][-1]
-                count = triton.cdiv(len(x) * layer.size_out[0] * layer.size_out[1], each)
+                count = triton.cdiv(_pixels(batch, layer.size_out), each)
                 size = convolution.weight.numel()
                 for first in range(0, size, ADD_BLOCK):
                     rows.append([source + first, target + first, size, count, size - first])
                 counts.append(count)
                 source, target = source + count * size, target + size
-            self.tables[x.shape] = counts, torch.tensor(rows, device=x.device), target
-        return self.tables[x.shape]
+            self.tables[key] = counts, torch.tensor(rows, device=device), target
+        return self.tables[key]
+
+
+def _count(batch: int, size: tuple[int, int]) -> int:
+    return batch * size[0] * size[1]
+
+
+def _pixels(batch: int, size: tuple[int, int]) -> int:
+    """Those of the images and those around them."""
+    return batch * (size[0] + 1) * (size[1] + 1)
+
+
+def _before(size: tuple[int, int]) -> int:
+    """Pixels before the first image: more than the row above and one to the left, and a power of two."""
+    return triton.next_power_of_2(size[1] + 2)
 
 
 def _shortcut(block: BasicBlock) -> str:
