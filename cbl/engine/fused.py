@@ -38,8 +38,8 @@ BACKWARD_DATA = {
 }  # fmt: skip
 BACKWARD_WEIGHT = {
     (1, 16): (128, 16, 16, 4, 2, 512), (3, 16): (128, 16, 16, 4, 2, 512), (16, 16): (64, 64, 16, 4, 2, 512),
-    (16, 32): (64, 64, 32, 4, 2, 256), (32, 32): (64, 128, 32, 4, 2, 256), (32, 64): (64, 128, 64, 8, 2, 256),
-    (64, 64): (64, 64, 64, 4, 2, 256),
+    (16, 32): (64, 64, 32, 4, 2, 256), (32, 32): (64, 128, 32, 4, 2, 256), (32, 64): (64, 128, 32, 4, 2, 256),
+    (64, 64): (64, 64, 32, 4, 2, 512),
 }  # fmt: skip
 TAIL = tl.constexpr(2048 + 128)  # pixels after the last image; no block of threads adds up more than 2048
 COLOURS = 4  # channels of the images in memory
@@ -97,7 +97,9 @@ def _add_sums(sums, c, C: tl.constexpr, first, second):
 @triton.jit
 def _inside(m, M, H: tl.constexpr, W: tl.constexpr):
     """Whether pixel m is one of an image."""
-    return (m < M) & (m // (W + 1) % (H + 1) < H) & (m % (W + 1) < W)
+    there = m < M
+    m = m.to(tl.uint32)  # whose division by a constant is the shorter
+    return there & (m // (W + 1) % (H + 1) != H) & (m % (W + 1) != W)
 
 
 @triton.jit
@@ -313,8 +315,9 @@ def _backward_data(
 def _add_partials(partials, weights, table, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
     """Every element of every convolution's gradient: the sum of what the blocks of threads have found, in order."""
     begin = table + tl.program_id(0) * 5
-    source, target, size = tl.load(begin), tl.load(begin + 1), tl.load(begin + 2)
-    count, left = tl.load(begin + 3), tl.load(begin + 4)
+    source, target = tl.multiple_of(tl.load(begin), 16), tl.multiple_of(tl.load(begin + 1), 16)
+    size, left = tl.multiple_of(tl.load(begin + 2), 16), tl.multiple_of(tl.load(begin + 4), 16)
+    count = tl.load(begin + 3)
     i = tl.arange(0, BLOCK)
     p = tl.arange(0, AT_ONCE)
     total = tl.zeros((BLOCK,), tl.float32)
