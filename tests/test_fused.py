@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from cbl import config
+from cbl.data import augment
 from cbl.engine import job
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
@@ -41,22 +45,77 @@ def compare(shortcut: str, channels: int, device: str, size: tuple[int, int] = (
         torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("shortcut", "channels", "size"), [("mean_pool", 3, (8, 8)), ("strided", 1, (4, 12))])
-def test_fused_is_the_network(shortcut: str, channels: int, size: tuple[int, int]) -> None:
+def interpret(code: str) -> None:
     """In a process of its own: whether Triton interprets is decided when the kernels are defined."""
-    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
-    code = f"from test_fused import compare; compare({shortcut!r}, {channels}, 'cpu', {size})"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("shortcut", "channels", "size"), [("mean_pool", 3, (8, 8)), ("strided", 1, (4, 12))])
+def test_fused_is_the_network(shortcut: str, channels: int, size: tuple[int, int]) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    interpret(f"from test_fused import compare; compare({shortcut!r}, {channels}, 'cpu', {size})")
+
+
+def compare_augmentation(device: str) -> None:
+    """`augmented` beside crop, flip and scaling in torch, with both scalings and images of 3 channels and of 1."""
+    from cbl.engine import fused
+
+    generator = torch.Generator().manual_seed(0)
+    for channels, scaled in [(3, False), (3, True), (1, False)]:
+        padded = torch.randint(0, 256, (7, 12, 16, channels), generator=generator, dtype=torch.uint8).to(device)
+        drawn = torch.stack([torch.randint(0, n, (150,), generator=generator) for n in (7, 5, 5, 2)]).to(device)
+        mean, std = augment.channel_statistics(padded) if scaled else (None, None)
+        index, dy, dx, flip = drawn.unbind(0)
+        expected = augment.scale(augment.crop_flip(padded, index, dy, dx, flip.bool(), (8, 12)), mean, std)
+        x = fused.augmented(padded, drawn, (8, 12), mean, std)
+        assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(x, expected, rtol=1e-6 if scaled else 0, atol=1e-6 if scaled else 0)
+
+
+def test_augmentation_in_one_kernel_is_the_augmentation() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    interpret("from test_fused import compare_augmentation; compare_augmentation('cpu')")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="called by the next test, for the interpreter")
+@pytest.mark.usefixtures("stand_in")
+def test_a_step_of_a_run() -> None:
+    """The job's wiring: engine.fused changes neither loss nor gradients, augmentation and scaling among them."""
+    found = []
+    for fused in (True, False):
+        settings = {
+            "dataset": {"name": "digits_lt"},
+            "engine": {"device": "cuda", "fused": fused, "capture": False},
+            "model": {"depth": 8},
+            "recipe": {"batch_size": 8, "input_scaling": "mean_std"},
+        }
+        made = job.prepare(config.from_mapping(settings), torch.device("cuda"))
+        assert (type(made.step.model).__name__ == "Fused") == fused
+        assert (getattr(made.step.augmented, "func", None) is not None) == fused
+        made.step.optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)  # type: ignore[assignment]
+        made.step.load(np.array([[range(8), [0, 1, 2, 1] * 2, [2, 1, 0, 1] * 2, [0, 1] * 4]]), np.array([0.1]))
+        made.step()
+        found.append([made.step.losses[:1].cpu(), *(p.grad.cpu() for p in made.model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+
+
+def test_a_run_computes_in_the_kernels() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::test_a_step_of_a_run"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize(("shortcut", "size"), [("projection", (8, 8)), ("mean_pool", (8, 6))])
 def test_what_the_kernels_cannot_do_is_refused(shortcut: str, size: tuple[int, int]) -> None:
     pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
     with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels: set engine.fused=false"):
-        job._fused(resnet_cifar(8, shortcut=shortcut, seed=0), size, "bf16")
+        job._fused(resnet_cifar(8, shortcut=shortcut, seed=0), size)
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +123,7 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr("cbl.engine.fused", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match="pip install triton"):
-        job._fused(resnet_cifar(8, seed=0), (8, 8), "bf16")
+        job._fused(resnet_cifar(8, seed=0), (8, 8))
 
 
 @pytest.mark.gpu
@@ -73,3 +132,4 @@ def test_fused_is_the_network_on_a_gpu(shortcut: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     compare(shortcut, 3, "cuda")
     compare(shortcut, 3, "cuda", (32, 28))
+    compare_augmentation("cuda")

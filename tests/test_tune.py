@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
 
+from test_fused import interpret
+
 from cbl.engine import fused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,11 +59,7 @@ def compare_with_other_tiles() -> None:
 
 
 def test_other_tiles_compute_the_same_network() -> None:
-    code = "from test_tune import compare_with_other_tiles; compare_with_other_tiles()"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    interpret("from test_tune import compare_with_other_tiles; compare_with_other_tiles()")
 
 
 def descend(cost: Any) -> tuple[dict[Any, Any], list[Any], list[Any]]:

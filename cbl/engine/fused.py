@@ -44,6 +44,7 @@ BACKWARD_WEIGHT = {
 TAIL = tl.constexpr(2048 + 128)  # pixels after the last image; no block of threads adds up more than 2048
 COLOURS = 4  # channels of the images in memory
 POINTWISE = 4096  # elements of a block of threads
+AUGMENT_BLOCK = 512  # pixels of a block of threads
 ADD_BLOCK, ADD_AT_ONCE = 256, 16  # elements and partial sums of a block of threads at a time
 
 
@@ -126,6 +127,28 @@ def _three(x, left, run, C: tl.constexpr, BLOCK_K: tl.constexpr):
 def _clear_before(x, C: tl.constexpr, BEFORE: tl.constexpr):
     """Zeros before the first image of x."""
     tl.store(x - BEFORE * C + tl.arange(0, BEFORE * C), tl.zeros((BEFORE * C,), x.dtype.element_ty))
+
+
+@triton.jit
+def _augment(
+    images, drawn, x, mean, std, B, M, HP: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    CI: tl.constexpr, C: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x (B, H, W, CI) float32 of images (N, HP, WP, CI) uint8, as drawn (4, B): image, row, column, flip."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, C)
+    column, row, b = m % W, m // W % H, m // (W * H)
+    image, down = tl.load(drawn + b, mask=m < M, other=0), tl.load(drawn + B + b, mask=m < M, other=0)
+    right, flip = tl.load(drawn + 2 * B + b, mask=m < M, other=0), tl.load(drawn + 3 * B + b, mask=m < M, other=0)
+    pixel = (image * HP + down + row) * WP + right + tl.where(flip != 0, W - 1 - column, column)
+    there = (m < M)[:, None] & (c < CI)
+    found = tl.load(images + (pixel * CI)[:, None] + c, mask=there, other=0).to(tl.float32)
+    if SCALED:
+        offset, unit = tl.load(mean + c, mask=c < CI, other=0.0), tl.load(std + c, mask=c < CI, other=1.0)
+        found = tl.div_rn(tl.div_rn(found, tl.full((1, 1), 255.0, tl.float32)) - offset, unit[None, :])
+    else:
+        found = found * 0.0078125 - 1.0  # x / 128 - 1
+    tl.store(x + (m * CI)[:, None] + c, found, mask=there)
 
 
 @triton.jit
@@ -373,6 +396,21 @@ def supports(model: nn.Module, size: tuple[int, int]) -> bool:
     )
 
 
+def augmented(padded: Tensor, drawn: Tensor, size: tuple[int, int], mean: Tensor | None, std: Tensor | None) -> Tensor:
+    """Crop, flip and scaling of `cbl.data.augment` in one kernel: float32 (B, C, H, W) in channels_last memory.
+
+    padded (N, H + 2s, W + 2s, C) uint8; drawn (4, B) int64: image, crop row, crop column, flip; mean and std (C,).
+    """
+    batch, channels = drawn.shape[1], padded.shape[3]
+    x = torch.empty(batch, *size, channels, device=padded.device)
+    m, scaled = _count(batch, size), mean is not None and std is not None
+    _augment[(triton.cdiv(m, AUGMENT_BLOCK),)](
+        padded, drawn, x, mean if scaled else x, std if scaled else x, batch, m, *padded.shape[1:3], *size, channels,
+        triton.next_power_of_2(channels), scaled, AUGMENT_BLOCK,
+    )  # fmt: skip
+    return x.permute(0, 3, 1, 2)
+
+
 class Fused(nn.Module):
     """`model` in the kernels above: x (B, C_in, H, W) float32 channels_last -> logits (B, C), as `model(x)`.
 
@@ -397,8 +435,11 @@ class Fused(nn.Module):
         if self.training:
             pairs = zip(self.convolutions, self.norms, strict=True)
             trained = [p for c, n in pairs for p in (c.weight, n.weight, n.bias)]
-            return self.model.fc(_Body.apply(self, x, *trained))
-        return self.model.fc(self.body(x, train=False)[0])
+            pooled = _Body.apply(self, x, *trained)
+        else:
+            pooled = self.body(x, train=False)[0]
+        with torch.autocast(x.device.type, enabled=False):  # small: casting would take longer than the product
+            return self.model.fc(pooled)
 
     def layers(self, size: tuple[int, int]) -> list[Convolution]:
         found = []

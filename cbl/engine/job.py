@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,6 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
         init=run.model.init,
         seed=run.seed,
     ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
-    network = _fused(model, (height, width), run.engine.dtype) if device.type == "cuda" and run.engine.fused else model
     loss = ClassBalancedLoss(
         torch.from_numpy(images.counts), run.loss.kind, run.loss.beta, run.loss.gamma, run.loss.reduction
     )
@@ -71,17 +71,26 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
     stream = recipe.Stream(
         n, batch_size, run.seed, run.recipe.image_order, shift, run.dataset.flip, images.record_order
     )
+    resident = _resident(images.train_images, shift, device)
+    network: torch.nn.Module = model
+    augmented: Callable[[torch.Tensor], torch.Tensor] | None = None
+    if device.type == "cuda" and run.engine.fused:
+        fused = _fused(model, (height, width))
+        network = fused.Fused(model, dtype)
+        mean, std = scaling.mean, scaling.std
+        augmented = functools.partial(fused.augmented, resident, size=(height, width), mean=mean, std=std)
     step = Step(
         network,
         loss.to(device),
         optimizer,
-        _resident(images.train_images, shift, device),
+        resident,
         images.train_labels.to(device),
         scaling,
         (height, width),
         batch_size,
         longest=-(-n // batch_size),
         dtype=dtype,
+        augmented=augmented,
     )
     test_images = _resident(images.test_images, 0, device)
 
@@ -118,8 +127,8 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
     )
 
 
-def _fused(model: Any, size: tuple[int, int], dtype: str) -> torch.nn.Module:
-    """`model` in kernels of our own, sharing its weights."""
+def _fused(model: Any, size: tuple[int, int]) -> ModuleType:
+    """The module of the kernels of our own, which need Triton; refuses a `model` that they do not compute."""
     try:
         from cbl.engine import fused
     except ImportError:
@@ -129,7 +138,7 @@ def _fused(model: Any, size: tuple[int, int], dtype: str) -> torch.nn.Module:
             f"engine.fused=true computes images of 1 or 3 channels whose sides 4 divides, and no model.shortcut="
             f"projection, not this network on {size[0]} x {size[1]} pixels: set engine.fused=false."
         )
-    return fused.Fused(model, dtype)
+    return fused
 
 
 @functools.lru_cache(maxsize=8)

@@ -59,10 +59,12 @@ class Step:
         batch_size: int,
         longest: int,
         dtype: str,
+        augmented: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         device = images.device
         longest = max(longest, 4)  # the warm-up of a capture takes rows too
         self.model, self.loss, self.optimizer, self.scaling = model, loss, optimizer, scaling
+        self.augmented = augmented or self._augmented
         self.images, self.labels, self.size, self.dtype, self.device = images, labels, size, dtype, device
         self.plan = torch.zeros(longest, 4, batch_size, dtype=torch.int64, device=device)
         self.rates = torch.zeros(longest, device=device)  # learning rate of each row
@@ -81,12 +83,16 @@ class Step:
             buffer[: self.rows].copy_(source, non_blocking=True)
         self.at.zero_()
 
+    def _augmented(self, drawn: torch.Tensor) -> torch.Tensor:
+        """(4, B) image, crop row, crop column, flip -> (B, C, H, W) float32; what `augmented` does in one kernel."""
+        index, dy, dx, flip = drawn.unbind(0)  # (B,) each
+        return self.scaling(augment.crop_flip(self.images, index, dy, dx, flip.bool(), self.size))
+
     def __call__(self) -> None:
-        index, dy, dx, flip = self.plan.index_select(0, self.at)[0].unbind(0)  # (B,) each
-        images = augment.crop_flip(self.images, index, dy, dx, flip.bool(), self.size)  # (B, H, W, C) uint8
+        drawn = self.plan.index_select(0, self.at)[0]  # (4, B)
         with precision(self.dtype, self.device):
-            logits = self.model(self.scaling(images))  # (B, C)
-            loss = self.loss(logits, self.labels.index_select(0, index))
+            logits = self.model(self.augmented(drawn))  # (B, C)
+            loss = self.loss(logits, self.labels.index_select(0, drawn[0]))
         # autocast is for the forward pass alone; how the products of fp32 are rounded holds for both
         with precision("fp32" if self.dtype == "bf16" else self.dtype, self.device):
             loss.backward()
