@@ -14,7 +14,7 @@ import pytest
 import reproduce_table
 
 from cbl import config, records, store
-from cbl.report import paper
+from cbl.report import paper, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,10 @@ def cells(frame: pd.DataFrame) -> set[tuple]:
     return {tuple(None if pd.isna(v) else v for v in row) for row in frame[columns].itertuples(index=False, name=None)}
 
 
-@pytest.mark.parametrize(("table", "runs"), [("digits", 25), ("1", 0), ("2", 70), ("grid10", 125), ("ablation", 84)])
+@pytest.mark.parametrize(
+    ("table", "runs"),
+    [("digits", 25), ("1", 0), ("2", 70), ("grid10", 125), ("ablation", 84), ("ablation_digits", 42)],
+)
 def test_distinct_runs_a_seed(table: str, runs: int) -> None:
     planned = reproduce_table.plan(table, [0, 1])
     assert len(planned) == len({config.run_id(run) for run in planned}) == 2 * runs
@@ -62,6 +65,15 @@ def test_ablation_changes_one_detail_at_a_time() -> None:
     assert changes["model.prior_bias=false"] == 4  # softmax has none
     assert changes['recipe.decay_scope="everything"'] == 4  # which is what the official code does for softmax
     assert len(changes) == 12
+    small = reproduce_table.plan("ablation_digits", [3])
+    assert {run.dataset.subset_seed for run in small} == {3}  # a subset for each seed
+    assert {tuple(sorted(config.overrides(run))) for run in small if changes_nothing(run)} == {
+        tuple(tables.DIGITS[0].split())
+    }
+
+
+def changes_nothing(run: config.Run) -> bool:
+    return len(config.overrides(run)) == len(tables.DIGITS[0].split()) and run.loss.reduction == "batch"
 
 
 def command(folder: Path, *more: str) -> list[str]:

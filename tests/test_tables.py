@@ -237,8 +237,21 @@ def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFram
     assert weighted[3] is not None and weighted[3].values == pytest.approx((1.5,))
 
 
-def test_the_ablation_has_a_row_for_every_planned_detail() -> None:
-    path = Path(__file__).parents[1] / "configs/table/ablation.yaml"
+def test_every_planned_run_of_the_ablation_on_digits_has_its_cell(made: Any) -> None:
+    planned = reproduce_table.plan("ablation_digits", [0, 1])
+    table = tables.build("ablation_digits", made(*((run, 10.0 + number) for number, run in enumerate(planned))))
+    [panel] = table.panels
+    assert [len(cell.values) for cell in panel.cells()] == [2] * 42
+    assert {name for cell in panel.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
+    official = at(panel, "Official configuration (%)", "Focal γ 1.0 β 0.9999")
+    assert official.seeds == ("0", "1.1")  # each on a subset of its own
+    reduction = at(panel, "Loss divided by the sum of the drawn weights", "Softmax β 0.9999")
+    assert reduction.values == (3.0, 3.0)  # planned three runs after the official one
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation_digits"])
+def test_the_ablation_has_a_row_for_every_planned_detail(name: str) -> None:
+    path = Path(__file__).parents[1] / f"configs/table/{name}.yaml"
     planned = OmegaConf.to_container(OmegaConf.load(path))["details"]
     rows = [word.replace('"', "") for _, word in tables.DETAILS]  # as on a command line
     assert sorted(rows) == sorted(planned)
