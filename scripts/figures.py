@@ -72,6 +72,11 @@ FIGURES = {
         lambda found: figures.training_curves(found.runs, found.curves),
         "make reproduce-table",
     ),
+    "ablation": Entry(
+        "what each changed detail does to the error",
+        lambda found: figures.ablation(found.runs),
+        "make reproduce-table TABLE=ablation_digits",
+    ),
     "moved_drop": Entry(
         "test error when the learning rate drops at another epoch",
         lambda found: figures.moved_drop(found.runs, found.curves),

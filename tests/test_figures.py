@@ -426,6 +426,35 @@ def test_moved_drops_part_from_the_official_run():
     assert figures.moved_drop(frame(rows[3:]), curves) is None
 
 
+def test_ablation_has_a_mark_for_each_change_coloured_where_the_interval_leaves_out_zero():
+    errors = {"": (30.0, 31.0), 'model.init="kaiming"': (32.0, 34.0), "recipe.drop=0.1": (31.0, 30.0)}
+    rows = [
+        run(seed=seed, error=error, **{"model": {"init": "kaiming"}} if "init" in word else {"recipe": {"drop": 0.1}})
+        if word
+        else run(seed=seed, error=error)
+        for word, pair in errors.items()
+        for seed, error in enumerate(pair)
+    ]
+    rows.append(run(kind="focal", gamma=1.0, error=25.0))
+    rows.append(run(kind="focal", gamma=1.0, error=24.0, recipe={"drop": 0.1}))
+    figure = figures.ablation(frame(rows))
+    softmax, balanced, focal, _ = figure.axes
+    assert suptitles(figure) == ["Long-tailed CIFAR-10, imbalance factor 100"]
+    assert titles(figure)[0] == "Softmax\n30.50 ± 0.71 (2)" and len(titles(figure)) == 4
+    assert [label.get_text() for label in softmax.get_yticklabels()] == [
+        "Initial weights: Kaiming",
+        "Learning rate drops: ×0.1",
+    ]
+    zero, init, mean, drop, _ = softmax.get_lines()
+    assert list(init.get_xdata()) == [2.0, 3.0] and init.get_color() == mean.get_color() == figures.RED
+    assert list(mean.get_xdata()) == [2.5] and list(mean.get_ydata()) == [0]
+    assert list(drop.get_xdata()) == [-1.0, 1.0] and drop.get_color() == zero.get_color()  # undecided
+    assert len(balanced.get_lines()) == 1  # nothing but the line at zero
+    (single,) = [line for line in focal.get_lines() if line.get_marker() == "o"]
+    assert (single.get_xdata()[0], single.get_markerfacecolor()) == (-1.0, "none")
+    assert figures.ablation(frame(rows[:2])) is None
+
+
 def test_head_against_tail_has_a_point_for_each_setting():
     groups = {"error_many": 10.0, "error_few": 40.0, "groups": "shots"}
     rows = [run("cifar100_lt", **groups), run("cifar100_lt", seed=1, **groups | {"error_few": 50.0})]

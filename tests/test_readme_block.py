@@ -97,6 +97,20 @@ def test_sentences_count_what_is_there(miniature: pd.DataFrame) -> None:
     assert "Figure 9: all of 125 cells." in readme.not_run(built)
 
 
+def test_a_change_on_digits_is_named_without_their_own_recipe() -> None:
+    setting = tables.Setting("digits_lt", 50.0, "softmax", None, 0.0, *tables.DIGITS)
+    changed = tables.changed(setting, "recipe.drop=0.1")
+    assert readme._listed([tables.Cell("difference", changed)], [1.5]) == (
+        "Softmax on digits IF 50 with recipe.drop=0.1 (+1.50)"
+    )
+
+
+def test_many_seeds_are_named_by_their_ends() -> None:
+    assert readme._numbers(pd.Series([2, 0, 1])) == "0, 1, 2"
+    assert readme._numbers(pd.Series(range(20))) == "0 to 19"
+    assert readme._numbers(pd.Series([*range(8), 9])) == "0, 1, 2, 3, 4, 5, 6, 7, 9"
+
+
 def test_top_1_and_top_5_are_two_numbers_of_one_setting() -> None:
     setting = tables.Setting("inaturalist2018", None, "softmax", None, 0.0, "", "resnet50", 90)
     cells = [tables.Cell("error", setting, 42.86, (50.0,)), tables.Cell("error", setting, 21.31, (21.3,))]

@@ -23,7 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from cbl import class_counts, effective_number
 from cbl.config import Recipe
-from cbl.report import tables
+from cbl.report import formats, tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
 from cbl.report.verdict import Row
 
@@ -371,6 +371,56 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
         left.set(yscale="log", ylabel="training loss, weighted")
         right.set_ylabel("test error, %")
     _beta_legend(figure, shown)
+    return figure
+
+
+@styled
+def ablation(runs: pd.DataFrame) -> Figure | None:
+    """What each changed detail does to the error, `TABLE=ablation` and `TABLE=ablation_digits`.
+
+    A row of panels for each data set, a panel for each loss and β: the mean change over pairs of runs of the same seed
+    and subset, with its 95 % bootstrap interval; in colour where that leaves out zero.
+    """
+    built = [tables.build(name, runs) for name in ("ablation", "ablation_digits")]
+    found = []
+    for table in built:
+        for panel in table.panels:
+            rows = [(label, cells) for label, cells in panel.rows[1:] if any(cell and cell.values for cell in cells)]
+            if rows:
+                found.append((panel, rows))
+    if not found:
+        return None
+    heights = [0.17 * len(rows) + 0.9 for _, rows in found]
+    figure = Figure((PAGE, sum(heights) + 0.3))
+    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (panel, rows) in zip(parts, found, strict=True):
+        official = [cell for cell in panel.rows[0][1] if cell is not None]
+        factor = _at_factor(official[0].setting.imbalance_factor)
+        part.suptitle(f"{_title(official[0].setting.dataset)}, {factor}", fontsize=8)
+        axes = part.subplots(1, len(panel.columns), sharex=True, sharey=True)
+        for ax, column, before, place in zip(axes, panel.columns, official, range(len(axes)), strict=True):
+            ax.axvline(0, color="#777777", linewidth=0.8)
+            for y, (_, cells) in enumerate(rows):
+                cell = cells[place]
+                if cell is None or cell.mean is None:
+                    continue
+                low, high = cell.interval or (np.nan, np.nan)
+                colour = RED if low > 0 else GREEN if high < 0 else "#777777"
+                ax.plot([low, high], [y, y], color=colour)
+                ax.plot(cell.mean, y, "o", color=colour, markerfacecolor=colour if cell.interval else "none")
+            ax.set_title(f"{column}\n{formats.ours_text(before)}", fontsize=7)
+            ax.set_xlabel("change, points")
+            ax.set_yticks(range(len(rows)), [label for label, _ in rows])
+            ax.set_ylim(len(rows) - 0.5, -0.5)
+    handles = [
+        Line2D([], [], color=RED, marker="o", label="higher error"),
+        Line2D([], [], color=GREEN, marker="o", label="lower error"),
+        Line2D([], [], color="#777777", marker="o", label="95 % interval holds zero"),
+    ]
+    if any(cell and len(cell.values) == 1 for _, rows in found for _, cells in rows for cell in cells):
+        label = "one pair of runs"
+        handles.append(Line2D([], [], color="#777777", marker="o", markerfacecolor="none", linestyle="", label=label))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
-from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Table, plural, setting_label
+from cbl.report.tables import BOLD, DIGITS, LABELS, TITLES, Cell, Panel, Table, plural, setting_label
 from cbl.report.verdict import SAME, bootstrap
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -23,11 +23,12 @@ def block(runs: pd.DataFrame) -> str:
     """The results block from rows of runs.csv, markers included."""
     built = {name: tables.build(name, runs) for name in tables.NAMES}
     lines = [BEGIN, "<!-- Made by `make tables` from results/runs.csv. -->", "", " ".join(what_was_run(runs)), ""]
-    if any(cell.values for cell in built["digits"].cells()):
-        digits = built["digits"]
-        lines += [f"### {digits.title}", "", f"{digits.caption} {digits.legend}", ""]
-        for panel in digits.panels[:2]:
-            lines += [f"**{panel.title}**", "", *panel_markdown(panel), ""]
+    for name in ("digits", "ablation_digits"):
+        table = built[name]
+        if any(cell.values for cell in table.cells()):
+            lines += [f"### {table.title}", "", f"{table.caption} {table.legend}", ""]
+            for panel in table.panels[:2]:
+                lines += [f"**{panel.title}**", "", *panel_markdown(panel), ""]
     if any(cell.values for cell in built["2"].cells()):
         table = built["2"]
         legend = table.legend.replace(f"{BOLD} ", "Ours above, the paper below. ")
@@ -182,7 +183,8 @@ def _listed(cells: list[Cell], points: list[float]) -> str:
     for cell, value in list(zip(cells, points, strict=True))[:NAMED]:
         setting = cell.setting
         factor = "" if setting.imbalance_factor is None else f" IF {setting.imbalance_factor:g}"
-        changed = f" with {setting.departures}" if setting.departures else ""
+        departures = [word for word in setting.departures.split() if word not in DIGITS[0].split()]
+        changed = f" with {' '.join(departures)}" if departures else ""
         network = "" if setting.model in ("resnet32", "resnet8") else f"{setting.model.replace('resnet', 'ResNet-')}, "
         name = TITLES.get(setting.dataset, setting.dataset)
         names.append(f"{network}{setting_label(setting)} on {name}{factor}{changed} ({signed(value)})")
@@ -191,7 +193,11 @@ def _listed(cells: list[Cell], points: list[float]) -> str:
 
 
 def _numbers(column: pd.Series) -> str:
-    return ", ".join(f"{value}" for value in sorted(column.dropna().unique()))
+    """`0, 1, 2`, and `0 to 19` when there are more than a few."""
+    values = sorted(column.dropna().unique())
+    if len(values) > 5 and values[-1] - values[0] == len(values) - 1:
+        return f"{values[0]} to {values[-1]}"
+    return ", ".join(map(str, values))
 
 
 def _counted(column: pd.Series) -> str:

@@ -54,8 +54,8 @@ DETAILS = [
     ("Weight decay: last bias alone", 'recipe.decay_scope="only_last_bias"'),
     ("Image order: official stream", 'recipe.image_order="official_stream"'),
 ]
-# The class-balanced columns: beta of the best cell of the paper at imbalance factor 100; on the digits that of the lowest
-# errors of softmax and focal (gamma 1) in the embedded table.
+# The class-balanced columns: beta of the best cell of the paper at imbalance factor 100; on the digits that of the
+# lowest errors of softmax and focal (gamma 1) in the embedded table.
 ABLATION_BETAS = {"cifar10_lt": 0.9999, "cifar100_lt": 0.9, "digits_lt": 0.9999}
 DIGITS = ("engine.eval_every=5 recipe.batch_size=64 recipe.milestones=[32.0]", "resnet8", 40)  # experiment=digits
 
