@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from cbl import class_balanced_weights, config, records
+from cbl import class_balanced_weights, config, models, records
 from cbl.data import index
 from cbl.data import streaming as loading
 from cbl.engine import distributed, evaluate, recipe, streaming, synthetic
@@ -103,12 +103,12 @@ CASES = [
 
 def exact_job(run: config.Run, world: World) -> streaming.Job:
     """In float64: in float32 one rounding at the corner of a ReLU would be all that is compared."""
-    built = streaming.network
+    built = models.build
     try:
-        streaming.network = lambda run, classes: built(run, classes).double()
+        models.build = lambda *given: built(*given).double()
         job = streaming.prepare(run, world)
     finally:
-        streaming.network = built
+        models.build = built
     job.step.loss.double()
     scaling = job.step.scaling
     job.step.scaling = lambda images: scaling(images).double()
@@ -182,7 +182,7 @@ def test_steps_equal_a_loop_written_from_the_definitions(prepared: Path, reducti
     job.micro_batch = micro_batch
     train = job.train
 
-    model = streaming.network(run, CLASSES).double()
+    model = models.build(run.model, CLASSES, 3, run.seed).double()
     decayed = [p for p in model.parameters() if p.ndim > 1]  # convolutions and the dense weight
     others = [p for p in model.parameters() if p.ndim == 1]  # batch norm, the last bias
     groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]

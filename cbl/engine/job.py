@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbl import config, data
+from cbl import config, data, models
 from cbl.data import augment
 from cbl.engine import evaluate, recipe
 from cbl.engine.step import Scaling, Step, capture, sgd
 from cbl.errors import UserError
 from cbl.losses import ClassBalancedLoss
-from cbl.models import resnet_cifar
 
 # Hardware queues that streams are spread over, 8 unless asked for before CUDA starts: lanes beyond that would wait.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -53,15 +52,8 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
             f"recipe.epochs={run.recipe.epochs} with {n} images make no step of recipe.batch_size="
             f"{run.recipe.batch_size}: lower the batch size or train longer."
         )
-    model = resnet_cifar(
-        run.model.depth,
-        num_classes=classes,
-        in_channels=channels,
-        prior_bias=run.model.prior_bias,
-        shortcut=run.model.shortcut,
-        init=run.model.init,
-        seed=run.seed,
-    ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    model = models.build(run.model, classes, channels, run.seed)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     loss = ClassBalancedLoss(
         torch.from_numpy(images.counts), run.loss.kind, run.loss.beta, run.loss.gamma, run.loss.reduction
     )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cbl import config, records, tracking
+from cbl import config, models, records, tracking
 from cbl.data import augment, index
 from cbl.data import streaming as data
 from cbl.engine import checkpoint, distributed, recipe
@@ -33,7 +33,6 @@ from cbl.engine.step import precision, sgd
 from cbl.engine.tally import Tally
 from cbl.errors import UserError
 from cbl.losses import ClassBalancedLoss
-from cbl.models import resnet_cifar, resnet_imagenet
 
 MICRO_BATCH = 128  # images: the authors' batch of 1024 lay on the eight cores of a TPU, and each normalised its own
 
@@ -194,7 +193,7 @@ def prepare(run: config.Run, world: World, indices: tuple[index.Index, index.Ind
         raise UserError("engine.sync_bn needs GPUs: leave it out on the CPU.")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not run.engine.deterministic
-    model = network(run, classes).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = models.build(run.model, classes, 3, run.seed).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = ClassBalancedLoss(train.counts.tolist(), run.loss.kind, run.loss.beta, run.loss.gamma, "none")
     optimizer = sgd(recipe.parameter_groups(model, run.recipe, run.loss.kind), run.recipe, device)
     if run.engine.sync_bn and world.size > 1:
@@ -237,14 +236,6 @@ def prepare(run: config.Run, world: World, indices: tuple[index.Index, index.Ind
             "lanes": 1,
         },
     )
-
-
-def network(run: config.Run, classes: int) -> nn.Module:
-    """The network that `run.model` describes, initialised from the run's seed."""
-    model, bias = run.model, bool(run.model.prior_bias)
-    if model.name == "resnet_imagenet":
-        return resnet_imagenet(model.depth, classes, bias, run.seed)
-    return resnet_cifar(model.depth, classes, 3, bias, model.shortcut, model.init, run.seed)
 
 
 def resume(job: Job, folder: Path, started: str) -> dict[str, Any]:
