@@ -337,6 +337,8 @@ def test_error_against_beta_shows_mean_and_standard_deviation():
     for beta, at in ((0.0, 0), (0.9, 1)):
         sd = np.std(errors[beta], ddof=1)
         assert (low[at], high[at]) == pytest.approx((np.mean(errors[beta]) - sd, np.mean(errors[beta]) + sd))
+    (whisker,) = ax.collections[1].get_segments()  # no band reaches β = 0.9999
+    np.testing.assert_allclose(whisker, [[4, 25], [4, 27]])
     assert not figure.axes[1].collections  # one run has no spread
 
 

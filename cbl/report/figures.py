@@ -587,13 +587,20 @@ def _fullest(factors: Iterable[float | None]) -> float | None:
 
 
 def _banded(ax: Axes, x: Sequence[float], values: np.ndarray, **look: Any) -> None:
-    """Line at the mean of values (n, points) over the runs, NaN left out; band of one sd (n - 1) to each side."""
+    """Line at the mean of values (n, points) over the runs, NaN left out; band of one sd (n - 1) to each side.
+
+    A point that no band reaches, its neighbours having no spread, gets a whisker instead.
+    """
     present = np.ma.masked_invalid(values)
     mean = present.mean(axis=0).filled(np.nan)
     sd = present.std(axis=0, ddof=1).filled(np.nan) if len(values) > 1 else np.full_like(mean, np.nan)
     ax.plot(x, mean, **look)
     if np.isfinite(sd).any():
         ax.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+        spread = np.pad(np.isfinite(sd), 1)
+        alone = spread[1:-1] & ~spread[:-2] & ~spread[2:]
+        if alone.any():
+            ax.errorbar(np.asarray(x)[alone], mean[alone], sd[alone], fmt="none", ecolor=look["color"], alpha=0.5)
 
 
 def _over_epochs(ax: Axes, curves: pd.DataFrame, rows: Sequence[Row], column: str, **look: Any) -> None:
