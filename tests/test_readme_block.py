@@ -105,6 +105,32 @@ def test_a_change_on_digits_is_named_without_their_own_recipe() -> None:
     )
 
 
+def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
+    setting = tables.Setting("digits_lt", 50.0, "softmax", None, 0.0, *tables.DIGITS)
+    drop, kaiming, not_bn, mean_std = (
+        tables.changed(setting, change)
+        for change in (
+            "recipe.drop=0.1",
+            "model.init=kaiming",
+            "recipe.decay_scope=not_bn",
+            "recipe.input_scaling=mean_std",
+        )
+    )
+    cells = [
+        tables.Cell("difference", drop, values=(1.0, 2.0, 3.0), interval=(1.0, 3.0)),
+        tables.Cell("difference", kaiming, values=(1.0, -2.0), interval=(-2.0, 1.0)),
+        tables.Cell("difference", mean_std, values=(-1.5,)),
+        tables.Cell("difference", not_bn),
+    ]
+    table = tables.Table("ablation_digits", "", "", "", [tables.Panel("", [""], [("", [cell]) for cell in cells])])
+    assert readme._changes(table) == [
+        "2 changes run, in 1 the 95 % interval of the effect leaves out zero: Softmax on digits IF 50 with "
+        "recipe.drop=0.1 (+2.00).",
+        "1 change run by one pair of runs, which gives no interval: Softmax on digits IF 50 with "
+        "recipe.input_scaling=mean_std (−1.50).",
+    ]
+
+
 def test_many_seeds_are_named_by_their_ends() -> None:
     assert readme._numbers(pd.Series([2, 0, 1])) == "0, 1, 2"
     assert readme._numbers(pd.Series(range(20))) == "0 to 19"

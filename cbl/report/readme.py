@@ -140,10 +140,17 @@ def _changes(table: Table) -> list[str]:
     changes = [cell for panel in table.panels for cell in panel.cells() if cell.kind == "difference" and cell.values]
     if not changes:
         return []
-    clear = [cell for cell in changes if cell.interval and (cell.interval[0] > 0 or cell.interval[1] < 0)]
-    clear.sort(key=lambda cell: -abs(cell.mean or 0.0))
-    said = f"{plural(len(changes), 'change')} run, in {len(clear)} the 95 % interval of the effect leaves out zero"
-    return [f"{said}: {_listed(clear, [cell.mean or 0.0 for cell in clear])}." if clear else f"{said}."]
+    changes.sort(key=lambda cell: -abs(cell.mean or 0.0))
+    paired = [cell for cell in changes if cell.interval]
+    lone = [cell for cell in changes if not cell.interval]
+    clear = [cell for cell in paired if cell.interval[0] > 0 or cell.interval[1] < 0]
+    said = []
+    if paired:
+        leaves = f"in {len(clear)} the 95 % interval of the effect leaves out zero"
+        said.append(f"{plural(len(paired), 'change')} run, {leaves}{_named(clear)}.")
+    if lone:
+        said.append(f"{plural(len(lone), 'change')} run by one pair of runs, which gives no interval{_named(lone)}.")
+    return said
 
 
 def _moved(table: Table) -> list[str]:
@@ -176,6 +183,10 @@ def _dtypes(runs: pd.DataFrame) -> list[str]:
             f"{signed(gain.mean)} points from that in fp32{interval}."
         )
     return said
+
+
+def _named(cells: list[Cell]) -> str:
+    return f": {_listed(cells, [cell.mean or 0.0 for cell in cells])}" if cells else ""
 
 
 def _listed(cells: list[Cell], points: list[float]) -> str:
