@@ -205,11 +205,11 @@ def test_balanced_column_and_its_footnote(made: Any) -> None:
 
 def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFrame, made: Any) -> None:
     panel = tables.build("ablation", miniature).panels[0]
-    assert panel.rows[0][0] == "Official configuration (%)"
-    assert len(at(panel, "Official configuration (%)", "Softmax").values) == 3
+    assert panel.rows[0][0] == "Default configuration (%)"
+    assert len(at(panel, "Default configuration (%)", "Softmax").values) == 3
     strided = at(panel, "Shortcut: strided slice", "Softmax")
     errors = miniature[miniature["overrides"] == 'model.shortcut="strided"']["error_last"].tolist()
-    official = at(panel, "Official configuration (%)", "Softmax").values[0]
+    official = at(panel, "Default configuration (%)", "Softmax").values[0]
     assert strided.values == pytest.approx((errors[0] - official,)) and strided.seeds == ("0",)
 
     def end(error: float, seed: int, beta: float = 0.0, **changed: dict) -> tuple:
@@ -243,7 +243,7 @@ def test_every_planned_run_of_the_ablation_on_digits_has_its_cell(made: Any) -> 
     [panel] = table.panels
     assert [len(cell.values) for cell in panel.cells()] == [2] * 42
     assert {name for cell in panel.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
-    official = at(panel, "Official configuration (%)", "Focal γ 1.0 β 0.9999")
+    official = at(panel, "Default configuration (%)", "Focal γ 1.0 β 0.9999")
     assert official.seeds == ("0", "1.1")  # each on a subset of its own
     reduction = at(panel, "Loss divided by the sum of the drawn weights", "Softmax β 0.9999")
     assert reduction.values == (3.0, 3.0)  # planned three runs after the official one

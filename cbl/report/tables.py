@@ -40,7 +40,7 @@ LABELS = {  # rows of Table 2
     "class_balanced": "Class-balanced",
 }
 SIZES = {"cifar10_lt": (10, 5000), "cifar20_lt": (20, 2500), "cifar100_lt": (100, 500)}  # classes, largest class
-# What the ablations change, one at a time: a row's label, and the departure from the official configuration.
+# What the ablations change, one at a time: a row's label, and the departure from the default configuration.
 DETAILS = [
     ("Loss divided by the sum of the drawn weights", 'loss.reduction="weight_sum"'),
     ("No prior in the last bias", "model.prior_bias=false"),
@@ -102,7 +102,7 @@ class Cell:
     """One number of the paper and what our runs say to it; `values` and `seeds` have one entry per run or pair of runs.
 
     kind says what the numbers are: `error` after the last step and `best` (lowest of all evaluations) in %; `gain`
-    (baseline minus class-balanced) and `difference` (changed minus official) in points, paired by seed; `count`.
+    (baseline minus class-balanced) and `difference` (changed minus default) in points, paired by seed; `count`.
     """
 
     kind: Kind
@@ -471,12 +471,12 @@ def grid(name: str, done: Done) -> Table:
 
 
 def ablation(done: Done) -> Table:
-    """One detail of the official configuration changed at a time, long-tailed CIFAR at imbalance factor 100."""
+    """One detail of the default configuration changed at a time, long-tailed CIFAR at imbalance factor 100."""
     official = {name: Setting(name, 100.0, "", None, 0.0) for name in ("cifar10_lt", "cifar100_lt")}
     panels, caption, notes = _ablated(done, official)
     return Table(
         "ablation",
-        "Ablation: one detail of the official configuration changed at a time, imbalance factor 100",
+        "Ablation: one detail of the default configuration changed at a time, imbalance factor 100",
         f"{caption} First row: test error (%); others: its change in points, positive is worse.",
         ABLATED,
         panels,
@@ -525,7 +525,7 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
     panels = []
     for name, row in columns.items():
         rows: list[tuple[str, list[Cell | None]]] = []
-        rows.append(("Official configuration (%)", [error_cell(runs, setting) for setting in row]))
+        rows.append(("Default configuration (%)", [error_cell(runs, setting) for setting in row]))
         for label, word in details:
             cells = [paired_cell("difference", runs, changed(setting, word), setting) for setting in row]
             rows.append((label, [cell if cell.values or _applies(word, cell.setting) else None for cell in cells]))
@@ -618,7 +618,7 @@ def _plain_rows(frame: pd.DataFrame) -> list[dict]:
 
 
 def setting_of(row: Mapping) -> Setting:
-    """That of a row of runs.csv or of the paper's numbers, in the official configuration."""
+    """That of a row of runs.csv or of the paper's numbers, in the default configuration."""
     return Setting(row["dataset"], row["imbalance_factor"], row["loss"], row["gamma"], row["beta"])
 
 
