@@ -122,10 +122,14 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
         tables.Cell("difference", mean_std, values=(-1.5,)),
         tables.Cell("difference", not_bn),
     ]
-    table = tables.Table("ablation_digits", "", "", "", [tables.Panel("", [""], [("", [cell]) for cell in cells])])
-    assert readme._changes(table) == [
+    fewest = [tables.Cell("difference", drop, values=(4.0, 5.0, 6.0), interval=(4.0, 6.0))]
+    panels = [
+        tables.Panel("", [""], [("", [cell]) for cell in shown], apart)
+        for shown, apart in ((cells, False), (fewest, True))
+    ]
+    assert readme._changes(tables.Table("ablation_digits", "", "", "", panels)) == [
         "2 changes run, in 1 the 95 % interval of the effect leaves out zero: Softmax on digits IF 50 with "
-        "recipe.drop=0.1 (+2.00).",
+        "recipe.drop=0.1 (+2.00, in its classes with the fewest images +5.00).",
         "1 change run by one pair of runs, which gives no interval: Softmax on digits IF 50 with "
         "recipe.input_scaling=mean_std (−1.50).",
     ]

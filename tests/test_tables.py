@@ -43,7 +43,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def rows(*ends: tuple[Any, float]) -> pd.DataFrame:
         known = {"status": "done", "device": "synthetic"}
         found = [
-            records.row(records.new_record(run) | known | {"error_last": error, "error_best": error - 0.25})
+            records.row(
+                records.new_record(run)
+                | known
+                | {"error_last": error, "error_best": error - 0.25, "error_few": 2 * error}
+            )
             for run, error in ends
         ]
         pd.DataFrame(found).to_csv(tmp_path / "runs.csv", index=False)
@@ -240,13 +244,17 @@ def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFram
 def test_every_planned_run_of_the_ablation_on_digits_has_its_cell(made: Any) -> None:
     planned = reproduce_table.plan("ablation_digits", [0, 1])
     table = tables.build("ablation_digits", made(*((run, 10.0 + number) for number, run in enumerate(planned))))
-    [panel] = table.panels
-    assert [len(cell.values) for cell in panel.cells()] == [2] * 42
+    panel, fewest = table.panels
+    assert [len(cell.values) for cell in panel.cells()] == [len(cell.values) for cell in fewest.cells()] == [2] * 42
     assert {name for cell in panel.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
     official = at(panel, "Default configuration (%)", "Focal γ 1.0 β 0.9999")
     assert official.seeds == ("0", "1.1")  # each on a subset of its own
     reduction = at(panel, "Loss divided by the sum of the drawn weights", "Softmax β 0.9999")
     assert reduction.values == (3.0, 3.0)  # planned three runs after the official one
+    assert not panel.apart and fewest.apart  # the same runs once more
+    few = at(fewest, "Loss divided by the sum of the drawn weights", "Softmax β 0.9999")
+    assert (few.values, few.interval) == ((6.0, 6.0), (6.0, 6.0))
+    assert at(fewest, "Default configuration (%)", "Softmax").values == (20.0, 104.0)  # twice 10 and 10 + 42
 
 
 @pytest.mark.parametrize("name", ["ablation", "ablation_digits"])
@@ -371,15 +379,16 @@ def test_csv_holds_every_run_and_reads_back(table: Table, miniature: pd.DataFram
     assert len(lines) == sum(
         cell.kind != "best" for panel in table.panels for cell in panel.cells()
     )  # best-on-test is a column
-    known = dict(zip(miniature["run_id"], miniature["error_last"], strict=True))
+    by_run = miniature.set_index("run_id")
     for line in lines[lines["n"] > 0].to_dict("records"):
         values = [float(value) for value in line["values"].split()]
         assert len(values) == line["n"]
         assert np.mean(values) == pytest.approx(line["mean"], abs=1e-3)
         if line["kind"] == "error":
-            assert values == [known[name] for name in line["run_ids"].split()]
+            column = "error_few" if line["panel"].endswith(tables.FEWEST) else "error_last"
+            assert values == [round(by_run.loc[name, column], 4) for name in line["run_ids"].split()]
             assert len(line["seeds"].split()) == line["n"]
-            assert line["best_on_test_mean"] < line["mean"]
+            assert column == "error_few" or line["best_on_test_mean"] < line["mean"]
         if line["kind"] == "error" and line["paper"] > 0:
             assert line["difference"] == pytest.approx(line["mean"] - line["paper"], abs=1e-3)
             assert line["verdict"] in ("agrees", "better", "worse")

@@ -390,7 +390,7 @@ def ablation(runs: pd.DataFrame) -> Figure | None:
     for table in built:
         for panel in table.panels:
             rows = [(label, cells) for label, cells in panel.rows[1:] if any(cell and cell.values for cell in cells)]
-            if rows:
+            if rows and not panel.apart:
                 found.append((panel, rows))
     if not found:
         return None

@@ -12,7 +12,7 @@ import pandas as pd
 from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
-from cbl.report.tables import BOLD, DIGITS, LABELS, TITLES, Cell, Panel, Table, plural, setting_label
+from cbl.report.tables import BOLD, DIGITS, LABELS, TITLES, Cell, Panel, Setting, Table, plural, setting_label
 from cbl.report.verdict import SAME, bootstrap
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -28,7 +28,8 @@ def block(runs: pd.DataFrame) -> str:
         if any(cell.values for cell in table.cells()):
             lines += [f"### {table.title}", "", f"{table.caption} {table.legend}", ""]
             for panel in table.panels[:2]:
-                lines += [f"**{panel.title}**", "", *panel_markdown(panel), ""]
+                if not panel.apart:
+                    lines += [f"**{panel.title}**", "", *panel_markdown(panel), ""]
     if any(cell.values for cell in built["2"].cells()):
         table = built["2"]
         legend = table.legend.replace(f"{BOLD} ", "Ours above, the paper below. ")
@@ -137,7 +138,9 @@ def _gains(table: Table) -> list[str]:
 
 
 def _changes(table: Table) -> list[str]:
-    changes = [cell for panel in table.panels for cell in panel.cells() if cell.kind == "difference" and cell.values]
+    by_panel = [(panel.apart, cell) for panel in table.panels for cell in panel.cells() if cell.kind == "difference"]
+    changes = [cell for apart, cell in by_panel if cell.values and not apart]
+    fewest = {cell.setting: cell.mean for apart, cell in by_panel if apart}
     if not changes:
         return []
     changes.sort(key=lambda cell: -abs(cell.mean or 0.0))
@@ -147,9 +150,10 @@ def _changes(table: Table) -> list[str]:
     said = []
     if paired:
         leaves = f"in {len(clear)} the 95 % interval of the effect leaves out zero"
-        said.append(f"{plural(len(paired), 'change')} run, {leaves}{_named(clear)}.")
+        said.append(f"{plural(len(paired), 'change')} run, {leaves}{_named(clear, fewest)}.")
     if lone:
-        said.append(f"{plural(len(lone), 'change')} run by one pair of runs, which gives no interval{_named(lone)}.")
+        named = _named(lone, fewest)
+        said.append(f"{plural(len(lone), 'change')} run by one pair of runs, which gives no interval{named}.")
     return said
 
 
@@ -185,11 +189,12 @@ def _dtypes(runs: pd.DataFrame) -> list[str]:
     return said
 
 
-def _named(cells: list[Cell]) -> str:
-    return f": {_listed(cells, [cell.mean or 0.0 for cell in cells])}" if cells else ""
+def _named(cells: list[Cell], fewest: Mapping[Setting, float | None]) -> str:
+    return f": {_listed(cells, [cell.mean or 0.0 for cell in cells], fewest)}" if cells else ""
 
 
-def _listed(cells: list[Cell], points: list[float]) -> str:
+def _listed(cells: list[Cell], points: list[float], fewest: Mapping[Setting, float | None] | None = None) -> str:
+    """The first cells, each with its points and those of its classes with the fewest images, where they are known."""
     names = []
     for cell, value in list(zip(cells, points, strict=True))[:NAMED]:
         setting = cell.setting
@@ -198,7 +203,9 @@ def _listed(cells: list[Cell], points: list[float]) -> str:
         changed = f" with {' '.join(departures)}" if departures else ""
         network = "" if setting.model in ("resnet32", "resnet8") else f"{setting.model.replace('resnet', 'ResNet-')}, "
         name = TITLES.get(setting.dataset, setting.dataset)
-        names.append(f"{network}{setting_label(setting)} on {name}{factor}{changed} ({signed(value)})")
+        few = (fewest or {}).get(setting)
+        tail = "" if few is None else f", in {tables.FEWEST} {signed(few)}"
+        names.append(f"{network}{setting_label(setting)} on {name}{factor}{changed} ({signed(value)}{tail})")
     more = f" and {len(cells) - NAMED} more" if len(cells) > NAMED else ""
     return "; ".join(names) + more
 

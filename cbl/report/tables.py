@@ -73,9 +73,11 @@ PAIRED = (
     "whole range] (pairs)."
 )
 GAINS = f"Gains (points) are {PAIRED}"
+FEWEST = "its classes with the fewest images"
 ABLATED = (
     f"Errors after the last step, mean ± standard deviation (runs). Changes are {PAIRED} Blank: without effect there. "
-    "– is a gap: not run."
+    f"– is a gap: not run. {FEWEST.capitalize()}: mean error over a third of up to ten classes, else over those of "
+    "fewer than 20 images."
 )
 
 Kind = Literal["error", "best", "gain", "difference", "count"]
@@ -252,7 +254,7 @@ def error_cell(
     done: Done,
     setting: Setting,
     paper: float | None = None,
-    column: Literal["error_last", "error_top5"] = "error_last",
+    column: Literal["error_last", "error_top5", "error_few"] = "error_last",
 ) -> Cell:
     """Test error after the last step of all runs of a setting; a gap when there is none."""
     rows = [row for row in done.get(setting, []) if row.get(column) is not None]
@@ -271,12 +273,20 @@ def error_cell(
 
 
 def paired_cell(
-    kind: Literal["gain", "difference"], done: Done, setting: Setting, other: Setting, paper: float | None = None
+    kind: Literal["gain", "difference"],
+    done: Done,
+    setting: Setting,
+    other: Setting,
+    paper: float | None = None,
+    column: Literal["error_last", "error_few"] = "error_last",
 ) -> Cell:
-    """A class-balanced `setting` against its baseline, or a changed one against the official, over common seeds."""
-    rows, others = done.get(setting, []), done.get(other, [])
+    """A class-balanced `setting` against its baseline, or a changed one against the official, over common seeds.
+
+    column: of a difference; a gain is one of `error_last`.
+    """
+    rows, others = ([row for row in done.get(s, []) if row.get(column) is not None] for s in (setting, other))
     both = pairs(rows, others)
-    values = [row["error_last"] - base["error_last"] for row, base in both]
+    values = [row[column] - base[column] for row, base in both]
     if kind == "gain":
         values = [-value for value in values]
     mean = paired_gain(others, rows) if kind == "gain" else bootstrap(values)
@@ -522,14 +532,19 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
     details = [*DETAILS, *((word, word) for word in sorted(others - known) if not word.startswith("engine."))]
     wanted = [*settings, *(changed(setting, word) for setting in settings for _, word in details)]
     runs, caption, notes = one_dtype(done, wanted)
-    panels = []
-    for name, row in columns.items():
+
+    def panel(name: str, column: Literal["error_last", "error_few"]) -> Panel:
+        row = columns[name]
         rows: list[tuple[str, list[Cell | None]]] = []
-        rows.append(("Default configuration (%)", [error_cell(runs, setting) for setting in row]))
+        rows.append(("Default configuration (%)", [error_cell(runs, setting, column=column) for setting in row]))
         for label, word in details:
-            cells = [paired_cell("difference", runs, changed(setting, word), setting) for setting in row]
+            cells = [paired_cell("difference", runs, changed(s, word), s, column=column) for s in row]
             rows.append((label, [cell if cell.values or _applies(word, cell.setting) else None for cell in cells]))
-        panels.append(Panel(TITLES[name], [loss_label(*setting[2:5]) for setting in row], rows))
+        few = column == "error_few"
+        title = f"{TITLES[name]}, {FEWEST}" if few else TITLES[name]
+        return Panel(title, [loss_label(*setting[2:5]) for setting in row], rows, apart=few)
+
+    panels = [panel(name, "error_last") for name in columns] + [panel(name, "error_few") for name in columns]
     return panels, caption, notes
 
 
