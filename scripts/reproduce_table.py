@@ -34,7 +34,7 @@ def plan(table: str, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[co
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         jobs: list[list[str]] = []
         for sweep in described["sweeps"]:
-            for detail in [[], *([d] for d in described.get("details", []))]:
+            for detail in [[], *([d] if isinstance(d, str) else d for d in described.get("details", []))]:
                 jobs += _expand([*sweep, *detail, *extra])
         for seed in seeds:
             for job, run in compose_jobs(lambda o: compose("train", o), [[*job, f"seed={seed}"] for job in jobs]):

@@ -32,7 +32,15 @@ def cells(frame: pd.DataFrame) -> set[tuple]:
 
 @pytest.mark.parametrize(
     ("table", "runs"),
-    [("digits", 25), ("1", 0), ("2", 70), ("grid10", 125), ("ablation", 84), ("ablation_digits", 42)],
+    [
+        ("digits", 25),
+        ("1", 0),
+        ("2", 70),
+        ("grid10", 125),
+        ("ablation", 84),
+        ("ablation_digits", 42),
+        ("conditions", 28),
+    ],
 )
 def test_distinct_runs_a_seed(table: str, runs: int) -> None:
     planned = reproduce_table.plan(table, [0, 1])

@@ -257,6 +257,22 @@ def test_every_planned_run_of_the_ablation_on_digits_has_its_cell(made: Any) -> 
     assert at(fewest, "Default configuration (%)", "Softmax").values == (20.0, 104.0)  # twice 10 and 10 + 42
 
 
+def test_every_planned_run_of_the_conditions_has_its_cell(made: Any) -> None:
+    planned = reproduce_table.plan("conditions", [0, 1])
+    runs = made(*((run, 10.0 + number) for number, run in enumerate(planned)))
+    changes, fewest, errors = tables.build("conditions", runs).panels
+    assert [len(cell.values) for cell in changes.cells()] == [2] * 16
+    assert {name for cell in changes.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
+    assert [len(cell.values) for cell in errors.cells()] == [2] * 12
+    prior = at(changes, "Warm-up over 20 epochs in place of 5", "Sigmoid, no prior")
+    assert prior.values == (1.0, 1.0)  # planned right after the one with it
+    assert at(fewest, "Warm-up over 20 epochs in place of 5", "Sigmoid, no prior").values == (2.0, 2.0)
+    long = at(changes, "160 epochs in place of 40", "Focal γ 1.0, official stream")
+    assert long.setting.epochs == 160 and "recipe.milestones=[128.0]" in long.setting.departures
+    # what they change is no further detail of the ablation
+    assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
+
+
 @pytest.mark.parametrize("name", ["ablation", "ablation_digits"])
 def test_the_ablation_has_a_row_for_every_planned_detail(name: str) -> None:
     path = Path(__file__).parents[1] / f"configs/table/{name}.yaml"

@@ -21,7 +21,7 @@ from cbl.report.verdict import Row, Verdict, bootstrap, difference, paired_gain,
 
 GRIDS = {"grid10": ("cifar10_lt", 8), "grid20": ("cifar20_lt", 9), "grid100": ("cifar100_lt", 10)}  # the paper's figure
 FACTORS = [float(factor) for factor in printed.IMBALANCE_FACTORS if factor > 1]  # of the grids
-NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "drop", "3"]
+NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "conditions", "drop", "3"]
 TITLES = {
     "digits_lt": "digits",
     "cifar10_lt": "CIFAR-10",
@@ -58,6 +58,13 @@ DETAILS = [
 # lowest errors of softmax and focal (gamma 1) in the embedded table.
 ABLATION_BETAS = {"cifar10_lt": 0.9999, "cifar100_lt": 0.9, "digits_lt": 0.9999}
 DIGITS = ("engine.eval_every=5 recipe.batch_size=64 recipe.milestones=[32.0]", "resnet8", 40)  # experiment=digits
+# What else is changed to see when a detail matters: a row's label, a departure from `DIGITS`, epochs.
+CONDITIONS = [
+    ("As above", DIGITS[0], 40),
+    ("Warm-up over 20 epochs in place of 5", f"{DIGITS[0]} recipe.warmup_epochs=20.0", 40),
+    ("Learning rate 0.02 in place of 0.1", f"{DIGITS[0]} recipe.learning_rate=0.02", 40),
+    ("160 epochs in place of 40", DIGITS[0].replace("[32.0]", "[128.0]"), 160),
+]
 
 # The learning rate's first drop, at these epochs in place of 160, and the end of the run so many epochs later.
 DROPS, AFTER_DROP = range(100, 161, 10), 20
@@ -195,6 +202,8 @@ def build(name: str, runs: pd.DataFrame, counts: Mapping[str, Sequence[int]] | N
             return ablation(done)
         case "ablation_digits":
             return ablation_digits(done)
+        case "conditions":
+            return conditions(done)
         case "drop":
             return drop(done)
         case "3":
@@ -528,7 +537,7 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
             more = set(setting.departures.split()) - set(usual.split())
             if len(more) == 1 and setting in {changed(s, *more) for s in settings}:
                 others |= more
-    known = {word for _, word in DETAILS}
+    known = {word for _, word in DETAILS} | {word for _, words, _ in CONDITIONS for word in words.split()}
     details = [*DETAILS, *((word, word) for word in sorted(others - known) if not word.startswith("engine."))]
     wanted = [*settings, *(changed(setting, word) for setting in settings for _, word in details)]
     runs, caption, notes = one_dtype(done, wanted)
@@ -559,6 +568,46 @@ def _applies(word: str, setting: Setting) -> bool:
         return setting.beta > 0
     official = ("model.prior_bias=false", 'recipe.decay_scope="everything"')  # of softmax
     return not (setting.loss == "softmax" and word in official)
+
+
+def conditions(done: Done) -> Table:
+    """Under which conditions the two largest changes of the ablation on digits are felt."""
+    prior, order = "model.prior_bias=false", 'recipe.image_order="official_stream"'
+    asked = [("sigmoid", None, prior), ("focal", 1.0, prior), ("softmax", None, order), ("focal", 1.0, order)]
+    names = {prior: "no prior", order: "official stream"}
+    rows = {
+        label: [
+            (Setting("digits_lt", 50.0, loss, gamma, 0.0, " ".join(sorted(words.split())), "resnet8", epochs), word)
+            for loss, gamma, word in asked
+        ]
+        for label, words, epochs in CONDITIONS
+    }
+    wanted = [s for row in rows.values() for setting, word in row for s in (setting, changed(setting, word))]
+    runs, caption, notes = one_dtype(done, wanted)
+
+    def panel(column: Literal["error_last", "error_few"]) -> Panel:
+        few = column == "error_few"
+        return Panel(
+            f"Digits, change of the error{f' in {FEWEST}' if few else ''} (points)",
+            [f"{loss_label(loss, gamma)}, {names[word]}" for loss, gamma, word in asked],
+            [
+                (label, [paired_cell("difference", runs, changed(s, word), s, column=column) for s, word in row])
+                for label, row in rows.items()
+            ],
+            apart=few,
+        )
+
+    errors = [(label, [error_cell(runs, setting) for setting, _ in row[:3]]) for label, row in rows.items()]
+    columns = [loss_label(loss, gamma) for loss, gamma, _ in asked[:3]]
+    return Table(
+        "conditions",
+        "When a detail matters: the two largest changes of the ablation on digits under other conditions",
+        f"Without class balancing. {_recipe(DIGITS)} where the row says nothing else; every seed draws a subset of its "
+        f"own. {caption} Positive is worse.",
+        ABLATED,
+        [panel("error_last"), panel("error_few"), Panel("Digits, test error without the change (%)", columns, errors)],
+        notes,
+    )
 
 
 def drop(done: Done) -> Table:
