@@ -60,7 +60,7 @@ ABLATION_BETAS = {"cifar10_lt": 0.9999, "cifar100_lt": 0.9, "digits_lt": 0.9999}
 DIGITS = ("engine.eval_every=5 recipe.batch_size=64 recipe.milestones=[32.0]", "resnet8", 40)  # experiment=digits
 # What else is changed to see when a detail matters: a row's label, a departure from `DIGITS`, epochs.
 CONDITIONS = [
-    ("As above", DIGITS[0], 40),
+    ("As in the ablation", DIGITS[0], 40),
     ("Warm-up over 20 epochs in place of 5", f"{DIGITS[0]} recipe.warmup_epochs=20.0", 40),
     ("Learning rate 0.02 in place of 0.1", f"{DIGITS[0]} recipe.learning_rate=0.02", 40),
     ("160 epochs in place of 40", DIGITS[0].replace("[32.0]", "[128.0]"), 160),
