@@ -135,6 +135,30 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([(1.0, 2.0), (-1.0, -2.0)], "1 of 2 settings, its 95 % interval is above zero in 1 and below zero in 1."),
+        (
+            [(1.0, 2.0), (0.5,)],
+            "2 of 2 settings; of the 1 with more than one pair of runs the 95 % interval is above zero in 1 and below "
+            "zero in 0.",
+        ),
+        ([(0.5,)], "1 of 1 setting, by one pair of runs each, which gives no interval."),
+    ],
+)
+def test_a_gain_of_one_pair_of_runs_claims_no_interval(pairs: list[tuple[float, ...]], said: str) -> None:
+    setting = tables.Setting("digits_lt", 50.0, "softmax", None, 0.9, *tables.DIGITS)
+    cells = [
+        tables.Cell("gain", setting, values=values, interval=(min(values), max(values)) if len(values) > 1 else None)
+        for values in pairs
+    ]
+    panel = tables.Panel("", [""], [("", cells)])
+    assert readme._gains(tables.Table("digits", "", "", "", [panel])) == [
+        f"Class balancing has a lower error than the same loss without it in {said}"
+    ]
+
+
 def test_many_seeds_are_named_by_their_ends() -> None:
     assert readme._numbers(pd.Series([2, 0, 1])) == "0, 1, 2"
     assert readme._numbers(pd.Series(range(20))) == "0 to 19"

@@ -128,13 +128,18 @@ def _gains(table: Table) -> list[str]:
     gains = [cell for panel in table.panels for cell in panel.cells() if cell.kind == "gain" and cell.values]
     if not gains:
         return []
+    paired = [cell for cell in gains if cell.interval]
     positive = sum((cell.mean or 0.0) > 0 for cell in gains)
-    surely = sum(cell.interval is not None and cell.interval[0] > 0 for cell in gains)
-    harmful = sum(cell.interval is not None and cell.interval[1] < 0 for cell in gains)
-    return [
+    surely = sum(cell.interval[0] > 0 for cell in paired)
+    harmful = sum(cell.interval[1] < 0 for cell in paired)
+    better = (
         f"Class balancing has a lower error than the same loss without it in {positive} of "
-        f"{plural(len(gains), 'setting')}, its 95 % interval is above zero in {surely} and below zero in {harmful}."
-    ]
+        f"{plural(len(gains), 'setting')}"
+    )
+    if not paired:
+        return [f"{better}, by one pair of runs each, which gives no interval."]
+    which = f"; of the {len(paired)} with more than one pair of runs the" if len(paired) < len(gains) else ", its"
+    return [f"{better}{which} 95 % interval is above zero in {surely} and below zero in {harmful}."]
 
 
 def _changes(table: Table) -> list[str]:
