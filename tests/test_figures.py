@@ -454,6 +454,8 @@ def test_ablation_has_a_mark_for_each_change_coloured_where_the_interval_leaves_
     assert len(balanced.get_lines()) == 1  # nothing but the line at zero
     (single,) = [line for line in focal.get_lines() if line.get_marker() == "o"]
     assert (single.get_xdata()[0], single.get_markerfacecolor()) == (-1.0, "none")
+    left, right = focal.get_xlim()  # the panels' own: two standard deviations of a difference of single runs at least
+    assert (left, right) == softmax.get_xlim() and left == pytest.approx(-1.98, abs=0.01) and right > 3
     assert figures.ablation(frame(rows[:2])) is None
 
 

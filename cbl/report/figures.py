@@ -26,7 +26,7 @@ from cbl import class_counts, effective_number
 from cbl.config import Recipe
 from cbl.report import formats, tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
-from cbl.report.verdict import Row
+from cbl.report.verdict import PAPER_SD, Row
 
 Series = dict[float, list[Row]]  # runs that differ in β and seeds alone: rows of runs.csv by β
 OFFICIAL = Setting("", None, "", None, 0.0)[5:]  # overrides, network and epochs of the paper's CIFAR runs
@@ -416,6 +416,10 @@ def ablation(runs: pd.DataFrame) -> Figure | None:
             ax.set_xlabel("change, points")
             ax.set_yticks(range(len(rows)), [label for label, _ in rows])
             ax.set_ylim(len(rows) - 0.5, -0.5)
+        # never narrower than what one pair of runs scatters by, or next to nothing would look like much
+        scatter = 2 * 2**0.5 * PAPER_SD
+        left, right = axes[0].get_xlim()
+        axes[0].set_xlim(min(left, -scatter), max(right, scatter))
     handles = [
         Line2D([], [], color=RED, marker="o", label="higher error"),
         Line2D([], [], color=GREEN, marker="o", label="lower error"),
