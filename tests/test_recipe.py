@@ -133,7 +133,15 @@ def test_official_stream_is_a_shuffle_buffer_over_sorted_records() -> None:
         last = labels[reach + 128 * (step + 1) - 1]
         assert drawn[128 * step : 128 * (step + 1)].max() <= last
         assert len(set(drawn[128 * step : 128 * (step + 1)])) <= 25
+
+
+@pytest.mark.parametrize(("classes", "largest"), [(10, 5000), (100, 500)])
+def test_official_stream_shows_the_first_classes_more_often_and_the_last_less(classes: int, largest: int) -> None:
+    counts = class_counts(classes, 100, largest)
+    labels = np.repeat(np.arange(classes), counts)  # records sorted by class
+    made = stream(len(labels), 128, "official_stream")
     blocks = np.concatenate([labels[made.block(k)[0]] for k in range(10)])
-    share = np.bincount(blocks, minlength=100) / len(blocks) / (counts / n)
-    assert 1.10 < share[:10].mean() < 1.27  # drawn more often than uniform
-    assert 0.74 < share[90:].mean() < 0.87
+    share = np.bincount(blocks, minlength=classes) / len(blocks) / (counts / len(labels))  # 1: as often as uniform
+    tenth = classes // 10
+    assert 1.10 < share[:tenth].mean() < 1.27
+    assert 0.74 < share[-tenth:].mean() < 0.87
