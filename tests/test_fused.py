@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,26 @@ def interpret(code: str) -> None:
 def test_fused_is_the_network(shortcut: str, channels: int, size: tuple[int, int]) -> None:
     pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
     interpret(f"from test_fused import compare; compare({shortcut!r}, {channels}, 'cpu', {size})")
+
+
+def check_nan(device: str) -> None:
+    """One NaN in one weight makes the loss NaN, by which a run that diverges is known."""
+    from cbl.engine.fused import Fused
+
+    if device == "cpu":  # the interpreter's larger of NaN and a number is NaN; a GPU's is the number
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    model = resnet_cifar(8, seed=0).to(device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.layer2[0].conv1.weight[0, 0, 0, 0] = torch.nan  # type: ignore[index,union-attr]
+    x = torch.randn(4, 3, 8, 8).to(device, memory_format=torch.channels_last)
+    assert F.cross_entropy(Fused(model, "fp32")(x), torch.arange(4, device=device)).isnan()
+
+
+def test_a_run_that_has_diverged_is_seen() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    interpret("from test_fused import check_nan; check_nan('cpu')")
 
 
 def compare_augmentation(device: str) -> None:
@@ -133,3 +154,34 @@ def test_fused_is_the_network_on_a_gpu(shortcut: str, monkeypatch: pytest.Monkey
     compare(shortcut, 3, "cuda")
     compare(shortcut, 3, "cuda", (32, 28))
     compare_augmentation("cuda")
+    check_nan("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["tf32", "bf16"])
+def test_fused_rounds_no_more_than_torch_does(dtype: str) -> None:
+    """The gradient's distance from that in float64, beside the distance of torch's own kernels in the same dtype."""
+    from cbl.engine.fused import Fused
+    from cbl.engine.step import precision
+
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    model = resnet_cifar(8, seed=0).to(device, memory_format=torch.channels_last)
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(128, 3, 32, 32).to(device, memory_format=torch.channels_last)
+    target = torch.arange(128, device=device) % 10
+
+    def gradient(network: torch.nn.Module, parameters: Iterable[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        F.cross_entropy(network(x), target).backward()
+        gradients = []
+        for p in parameters:
+            assert p.grad is not None
+            gradients.append(p.grad.double().flatten())
+            p.grad = None
+        return torch.cat(gradients)
+
+    expected = gradient(exact, exact.parameters(), x.double())
+    with precision(dtype, device):
+        plain, fused = (gradient(net, model.parameters(), x) for net in (model, Fused(model, dtype)))
+    off = [((found - expected).norm() / expected.norm()).item() for found in (plain, fused)]
+    assert 0 < off[1] <= 2 * off[0], off

@@ -324,10 +324,10 @@ def not_deterministic() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("not_deterministic")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("tf32", 1e-3), ("bf16", 1e-2)])
-@pytest.mark.parametrize("kind", ["softmax", "focal"])
-def test_captured_step_equals_eager_step(dtype: str, tolerance: float, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "fused"), [("softmax", False), ("focal", False), ("focal", True)])
+def test_captured_step_equals_eager_step(dtype: str, tolerance: float, kind: str, fused: bool) -> None:
     """50 steps of ResNet-32: losses within `tolerance` of themselves, weights within it of their largest."""
-    captured, eager, run = captured_and_eager(engine__dtype=dtype, loss__kind=kind)
+    captured, eager, run = captured_and_eager(engine__dtype=dtype, engine__fused=fused, loss__kind=kind)
     _, plan = next(captured.stream.epochs(run.recipe))
     for job in (captured, eager):
         job.step.load(plan[:50], np.full(50, 0.02))

@@ -222,7 +222,8 @@ def _block_end(
             first += tl.load(corner + (2 * W + 2) * CI, mask=inside, other=0.0).to(tl.float32)
             first *= 0.25
         out += first
-    out = tl.where(there, tl.maximum(out, 0.0), 0.0).to(h.dtype.element_ty)
+    # by itself the larger of NaN and 0 is 0 on a GPU: a run that has diverged would go on as if it had not
+    out = tl.where(there, tl.maximum(out, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0).to(h.dtype.element_ty)
     tl.store(h + m[:, None] * C + c, out, mask=m[:, None] < M + TAIL)
 
 
