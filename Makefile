@@ -27,9 +27,10 @@ lint: setup ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-reproduce-table: setup ## train what TABLE=digits|1|2|grid10|grid20|grid100|ablation|ablation_digits|conditions|drop|3 lacks, show it: SEEDS=0,1,2 DRY=1 BUDGET=s REUSE=1 DEVICE=
+reproduce-table: setup ## train what TABLE=digits|1|2|grid10|grid20|grid100|ablation|ablation_digits|conditions|drop|3 lacks, show it: SEEDS=0,1,2 DRY=1 BUDGET=s REUSE=1 DEVICE= SET=key=value
 	$(RUN) scripts/reproduce_table.py --table $(TABLE) --seeds $(SEEDS) $(if $(filter 1,$(DRY)),--dry) \
-	  $(if $(filter 1,$(REUSE)),--reuse) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEVICE),--device $(DEVICE))
+	  $(if $(filter 1,$(REUSE)),--reuse) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEVICE),--device $(DEVICE)) \
+	  $(if $(SET),--set $(SET))
 
 data: setup ## prepare DATASET=inaturalist2017|inaturalist2018|imagenet under ROOT=data: RESIZE=256 DOWNLOAD=1
 	$(RUN) scripts/prepare_data.py $(DATASET) --root $(or $(ROOT),data) $(if $(RESIZE),--resize $(RESIZE)) \

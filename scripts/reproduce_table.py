@@ -7,6 +7,7 @@ python scripts/reproduce_table.py --table 2 --budget 3600          # stop cleanl
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -133,7 +134,9 @@ def _spoken(seconds: float) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, default="digits", help="which table (default: digits)")
-    parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="comma list (default: 0,1,2)")
+    parser.add_argument(
+        "--seeds", type=seed_list, default=[0, 1, 2], help="comma list, with ranges such as 0-19 (default: 0,1,2)"
+    )
     parser.add_argument("--dry", action="store_true", help="list the runs and the hours, train nothing")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="end cleanly by then, everything done kept")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
@@ -141,15 +144,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", default="outputs/runs", help="where the run folders are (default: outputs/runs)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="where the table goes (default: outputs)")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="the published runs, for --reuse")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides for every run")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="further overrides for every run"
+    )
     return parser.parse_args()
 
 
 def seed_list(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no comma list of whole numbers such as 0,1,2") from None
+    """`0,2` and `0-19`, both in one list if need be."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        if not (found := re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)):
+            raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers such as 0,1,2 or 0-19")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"'{part}' is no range: write {last}-{first}")
+        seeds += range(first, last + 1)
+    return seeds
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
         for shown, apart in ((cells, False), (fewest, True))
     ]
     assert readme._changes(tables.Table("ablation_digits", "", "", "", panels)) == [
-        "2 changes run, in 1 the 95 % interval of the effect leaves out zero: Softmax on digits IF 50 with "
+        "2 changes run, in 1 the whole range of pairs leaves out zero: Softmax on digits IF 50 with "
         "recipe.drop=0.1 (+2.00, in its classes with the fewest images +5.00).",
         "1 change run by one pair of runs, which gives no interval: Softmax on digits IF 50 with "
         "recipe.input_scaling=mean_std (−1.50).",
@@ -138,11 +138,23 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
 @pytest.mark.parametrize(
     ("pairs", "said"),
     [
-        ([(1.0, 2.0), (-1.0, -2.0)], "1 of 2 settings, its 95 % interval is above zero in 1 and below zero in 1."),
+        (
+            [(1.0, 2.0), (-1.0, -2.0)],
+            "1 of 2 settings; the whole range of pairs is above zero in 1 and below zero in 1.",
+        ),
+        (
+            [(1.0, 2.0, 3.0, 4.0)],
+            "1 of 1 setting; the 95 % interval is above zero in 1 and below zero in 0.",
+        ),
+        (
+            [(1.0, 2.0), (1.0, 2.0, 3.0, 4.0)],
+            "2 of 2 settings; the 95 % interval (of up to three pairs the whole range) is above zero in 2 "
+            "and below zero in 0.",
+        ),
         (
             [(1.0, 2.0), (0.5,)],
-            "2 of 2 settings; of the 1 with more than one pair of runs the 95 % interval is above zero in 1 and below "
-            "zero in 0.",
+            "2 of 2 settings; of the 1 with more than one pair of runs the whole range of pairs is above "
+            "zero in 1 and below zero in 0.",
         ),
         ([(0.5,)], "1 of 1 setting, by one pair of runs each, which gives no interval."),
     ],

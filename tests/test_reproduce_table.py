@@ -1,5 +1,6 @@
 """The planner: which runs a table needs, against the paper's cells; interrupted, on a budget, with published runs."""
 
+import argparse
 import os
 import random
 import signal
@@ -52,6 +53,31 @@ def test_table_2_is_the_papers() -> None:
     planned = reproduce_table.plan("2", [0])
     assert {settings(run) for run in planned} == cells(paper.table2())
     assert all(config.overrides(run) == [] for run in planned)
+
+
+@pytest.mark.parametrize("name", ["digits", "2", "grid10", "grid100", "ablation", "ablation_digits", "drop"])
+def test_the_command_of_a_published_table_finds_its_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds and dtype are part of a run: without them REUSE=1 would train all of it again."""
+    table = tables.build(name, store.load(ROOT / "results").runs)
+    flags = {"TABLE": "--table", "SEEDS": "--seeds", "SET": "--set"}
+    said = [word.split("=", 1) for word in table.command.split()[2:]]
+    monkeypatch.setattr(sys, "argv", ["", *(part for key, value in said for part in (flags[key], value))])
+    asked = reproduce_table.arguments()
+    planned = {config.run_id(run) for run in reproduce_table.plan(asked.table, asked.seeds, asked.set)}
+    published = {run_id for panel in table.panels for cell in panel.cells() for run_id in cell.run_ids}
+    assert planned >= published != set()
+
+
+def test_seeds_are_a_list_with_ranges() -> None:
+    assert reproduce_table.seed_list("0-3, 7") == [0, 1, 2, 3, 7]
+    for wrong, answer in {"": "such as", "1,": "such as", "-1": "such as", "a": "such as", "3-1": "write 1-3"}.items():
+        with pytest.raises(argparse.ArgumentTypeError, match=answer):
+            reproduce_table.seed_list(wrong)
+
+
+def test_several_set_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce_table.py", "--set", "a=1", "b=2", "--set", "c=3"])
+    assert reproduce_table.arguments().set == ["a=1", "b=2", "c=3"]
 
 
 @pytest.mark.parametrize("table", ["grid10", "grid20", "grid100"])

@@ -386,7 +386,7 @@ def draw(report: dict[str, Any]) -> Figure:
     bars = [*(name for name in ABOUT if select(report, "one run", name=name)), "floor"]
     dtypes = {row["dtype"] for row in select(report, "one run")}
     top = [0.6 + (0.08 + 0.11 * len(dtypes)) * len(bars)] if dtypes else []
-    heights = [*top, *[2.2] * -(-len(panels) // 2)]
+    heights = [*top, *[2.2] * -(-len(panels) // 2)] or [0.2]  # a report cut short may have nothing to draw
     figure = Figure((PAGE, 0.4 + sum(heights)))
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     if top:

@@ -138,8 +138,8 @@ def _gains(table: Table) -> list[str]:
     )
     if not paired:
         return [f"{better}, by one pair of runs each, which gives no interval."]
-    which = f"; of the {len(paired)} with more than one pair of runs the" if len(paired) < len(gains) else ", its"
-    return [f"{better}{which} 95 % interval is above zero in {surely} and below zero in {harmful}."]
+    which = f"; of the {len(paired)} with more than one pair of runs the" if len(paired) < len(gains) else "; the"
+    return [f"{better}{which} {_interval(paired)} is above zero in {surely} and below zero in {harmful}."]
 
 
 def _changes(table: Table) -> list[str]:
@@ -154,12 +154,20 @@ def _changes(table: Table) -> list[str]:
     clear = [cell for cell in paired if cell.interval[0] > 0 or cell.interval[1] < 0]
     said = []
     if paired:
-        leaves = f"in {len(clear)} the 95 % interval of the effect leaves out zero"
+        leaves = f"in {len(clear)} the {_interval(paired)} leaves out zero"
         said.append(f"{plural(len(paired), 'change')} run, {leaves}{_named(clear, fewest)}.")
     if lone:
         named = _named(lone, fewest)
         said.append(f"{plural(len(lone), 'change')} run by one pair of runs, which gives no interval{named}.")
     return said
+
+
+def _interval(cells: list[Cell]) -> str:
+    """What the intervals of these cells are: of so few pairs as three `verdict.bootstrap` gives the range."""
+    few = sum(len(cell.values) <= 3 for cell in cells)
+    if few == len(cells):
+        return "whole range of pairs"
+    return "95 % interval" + (" (of up to three pairs the whole range)" if few else "")
 
 
 def _moved(table: Table) -> list[str]:
@@ -244,7 +252,7 @@ def _stacked(panel: Panel) -> list[str]:
 
 
 def _commands(built: Mapping[str, Table]) -> list[str]:
-    """One command per table, and per row of Table 2."""
+    """One command per table, and per row of Table 2, each with the seeds and the dtype of the published runs."""
 
     def done(cells: list[Cell]) -> str:
         return f"{sum(bool(cell.values) for cell in cells)} of {len(cells)}"
@@ -260,6 +268,8 @@ def _commands(built: Mapping[str, Table]) -> list[str]:
             )
             if loss == "class_balanced":
                 command = "python scripts/train.py -m 'experiment=glob(table2_*)' seed=0,1,2"
+            if table.dtype not in ("", "fp32"):
+                command += f" engine.dtype={table.dtype}"
             rows = [cells for panel in table.panels[:2] for words, cells in panel.rows if words == label]
             lines.append(f"| row {label} | `{command}` | {done([cell for row in rows for cell in row if cell])} |")
     return lines

@@ -171,6 +171,8 @@ class Table:
     legend: str  # how to read it
     panels: list[Panel]
     notes: list[str] = field(default_factory=list)
+    seeds: tuple[int, ...] = ()  # of the runs in it
+    dtype: str = ""
 
     @property
     def short(self) -> str:
@@ -178,7 +180,13 @@ class Table:
 
     @property
     def command(self) -> str:
-        return "make reproduce-table" + ("" if self.name == "digits" else f" TABLE={self.name}")
+        """What makes it again: its runs are found, or trained, only with their own seeds and dtype."""
+        words = ["make reproduce-table"] + ([] if self.name == "digits" else [f"TABLE={self.name}"])
+        if self.seeds and self.seeds != (0, 1, 2):
+            words.append(f"SEEDS={seed_words(self.seeds)}")
+        if self.dtype not in ("", "fp32"):
+            words.append(f"SET=engine.dtype={self.dtype}")
+        return " ".join(words)
 
     def cells(self) -> list[Cell]:
         """Those of the paper's own grid, in all panels: neither gains nor best-on-test."""
@@ -191,11 +199,22 @@ def build(name: str, runs: pd.DataFrame, counts: Mapping[str, Sequence[int]] | N
     `counts`: images per class of large data sets, for Table 1. Raises `UserError` for another name.
     """
     done = done_runs(runs)
+    table = _build(name, done, counts or {})
+    shown = {run_id for panel in table.panels for cell in panel.cells() for run_id in cell.run_ids}
+    rows = [row for rows in done.values() for row in rows if row["run_id"] in shown]
+    return replace(
+        table,
+        seeds=tuple(sorted({int(row["seed"]) for row in rows})),
+        dtype=rows[0]["dtype"] if rows else "",  # one for all: `one_dtype`
+    )
+
+
+def _build(name: str, done: Done, counts: Mapping[str, Sequence[int]]) -> Table:
     match name:
         case "digits":
             return digits(done)
         case "1":
-            return table1(counts or {})
+            return table1(counts)
         case "2":
             return table2(done)
         case "ablation":
@@ -319,6 +338,13 @@ def _seeds(rows: Iterable[Row]) -> tuple[str, ...]:
 def seed_label(row: Row) -> str:
     """`1`, or `1.2`: seed 1 on the subset of seed 2."""
     return f"{row['seed']}.{row['subset_seed']}" if row["subset_seed"] else f"{row['seed']}"
+
+
+def seed_words(seeds: Sequence[int]) -> str:
+    """`0,1`, and `0-19` for more than three in a row."""
+    if len(seeds) > 3 and seeds[-1] - seeds[0] == len(seeds) - 1:
+        return f"{seeds[0]}-{seeds[-1]}"
+    return ",".join(map(str, seeds))
 
 
 def _distinct(rows: Iterable[Row], column: str) -> tuple[str, ...]:
