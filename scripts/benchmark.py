@@ -14,7 +14,9 @@ Workloads:
 An image counts when it has gone through augmentation, forward, loss, backward and update; those of the large sets are
 augmented by the loader. What is compared takes turns (A B C A B C ...), the first turn of each warms up and does not
 count, and the median of the others is reported. Images are made up. Writes <device>-<date>.json and, made of it, .md,
-.png and .svg; a workload alone has its name in theirs. Until then the rows so far are in rows.partial.
+.png and .svg; a workload alone has its name in theirs. Until then the rows so far are in rows.partial. Interrupted, by
+Ctrl-C or SIGTERM, it writes <device>-<date>-interrupted of what it has, and what is left out is named there. Where a
+command is killed after ten minutes, --budget 480 leaves time to write.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import os
 import platform
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +38,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -86,6 +90,7 @@ class Bench:
     turn_seconds: float = 0.3  # at least; whole units
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
+    failed: bool = False  # some part of it
     partial: Path | None = None  # where the rows so far are kept, should the command be ended from outside
 
     @property
@@ -95,12 +100,39 @@ class Bench:
     def left(self) -> float:
         return self.ends - time.monotonic()
 
+    def over(self, what: str) -> bool:
+        """Whether the budget is used up; the report then says that `what` is left out."""
+        if self.left() >= 0:
+            return False
+        self.left_out.append(f"{what}: the budget was used up")
+        return True
+
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.size.device)
 
 
 # -- how it is measured ------------------------------------------------------------------------------------------------
+
+
+def in_turn(bench: Bench, parts: Sequence[tuple[str, Callable[[], None]]]) -> None:
+    """Every part, by its title; the report names those that fail, exceed the budget or are interrupted."""
+    for number, (title, part) in enumerate(parts):
+        if bench.over(title):
+            continue
+        try:
+            part()
+        except KeyboardInterrupt:
+            later = [title for title, _ in parts[number + 1 :]]
+            bench.left_out += [f"{what}: interrupted" for what in (f"the rest of {title}", *later)]
+            raise
+        except Exception as error:
+            if isinstance(error, UserError):
+                print(f"{title}: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()  # what has been measured, for an hour perhaps, is not lost
+            bench.left_out.append(f"{title}, it failed: {type(error).__name__}")
+            bench.failed = True
 
 
 def race(bench: Bench, units: dict[str, Unit], turns: int, share: float) -> dict[str, list[float]]:
@@ -185,14 +217,18 @@ def one_run(bench: Bench, dtype: str, folder: Path) -> None:
         makers[OUR_COMPILED] = contenders.compiled
     units, memory = {}, {}
     for name, make in makers.items():
+        if bench.over(f"one run in {dtype}, {name}"):
+            continue
         footprint = Footprint(bench)
         units[name] = make(bench.size, dtype)
         units[name]()
         memory[name] = footprint.mib()
     rates = race(bench, units, bench.turns, share=0.5)
-    for name in makers:
+    for name in units:
         note(bench, "one run", name, rates[name], dtype=dtype, mebibytes=memory[name])
     for name in (LOOP, EAGER):
+        if not {BARE, name} <= rates.keys():
+            continue
         percent = [100 * (reached / ours - 1) for reached, ours in zip(rates[BARE], rates[name], strict=True)]
         keep(bench, {"section": "overhead", "name": name, "dtype": dtype, "percent": percent})
 
@@ -237,6 +273,8 @@ def side_by_side(bench: Bench, dtype: str, folder: Path) -> None:
     whole: list[tuple[torch.cuda.Stream, Iterator[tuple[int, bool]]]] = []
     memory = {}
     for k in bench.lanes:
+        if bench.over(f"side by side in {dtype}, {k} runs"):
+            continue
         while len(lanes) < k:
             stream = torch.cuda.Stream(bench.size.device)
             with torch.cuda.stream(stream):
@@ -255,6 +293,8 @@ def side_by_side(bench: Bench, dtype: str, folder: Path) -> None:
             note(bench, "side by side", name, rates, dtype=dtype, runs=int(k), mebibytes=memory[int(k)])
     del lanes, whole, units, sides
     for k in [k for k in bench.lanes if 1 < k <= 8]:
+        if bench.over(f"side by side in {dtype}, {k} stacked"):
+            continue
         footprint = Footprint(bench)
         rates = race(bench, {"": contenders.stacked(bench.size, dtype, k)}, 3, share=0.1)[""]
         note(bench, "side by side", "stacked", rates, dtype=dtype, runs=k, mebibytes=footprint.mib())
@@ -274,8 +314,10 @@ def processes(bench: Bench) -> None:
     control = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control"
     way = ("processes, MPS" if control.exists() else "processes, no MPS") if bench.cuda else "processes"
     threads = torch.get_num_threads()
+    if bench.cuda:
+        torch.cuda.empty_cache()  # what this process no longer uses is for the others
     for k in bench.lanes:
-        if not bench.cuda and k > threads:
+        if (not bench.cuda and k > threads) or bench.over(f"{k} processes side by side"):
             continue
         found = share_out(make_task(bench, max(1, threads // k)), k)
         if not all(found):
@@ -372,6 +414,8 @@ def growth(bench: Bench, section: str, field: str, values: list[int]) -> None:
     for dtype in bench.dtypes if bench.cuda else bench.dtypes[:1]:
         sizes, units = {}, {}
         for value in values:
+            if bench.over(f"{section} {value} in {dtype}"):
+                continue
             size = dataclasses.replace(bench.size, **{field: value})
             size = dataclasses.replace(size, steps=max(1, round(bench.size.images / size.batch_size)))
             sizes[str(value)], units[str(value)] = size, contenders.replayed(size, dtype)
@@ -383,6 +427,8 @@ def growth(bench: Bench, section: str, field: str, values: list[int]) -> None:
 def classes(bench: Bench) -> None:
     """What the loss costs as classes grow: its forward and backward alone, and in a whole step."""
     for number in bench.classes:
+        if bench.over(f"{number} classes"):
+            continue
         counts = np.maximum(1, 1000 // np.arange(1, number + 1))
         alone, whole = {}, {}
         for kind in ("softmax", "sigmoid", "focal"):
@@ -447,11 +493,7 @@ def cifar(bench: Bench) -> None:
         if not bench.cuda:
             sections += [("freed memory", part(freed_memory, bench))]
             sections += [(f"one run in {dtype}", part(one_step, bench, dtype)) for dtype in others]
-        for title, section in sections:
-            if bench.left() < 0:  # named in the report
-                bench.left_out.append(f"{title}: the budget was used up")
-            else:
-                section()
+        in_turn(bench, sections)
 
 
 def loader(bench: Bench) -> None:
@@ -492,6 +534,8 @@ def _resnet50(bench: Bench) -> None:
             )
         for (name, images), make in makers.items():
             key = f"{name}{form}, {images} at a time"
+            if bench.over(key):
+                continue
             try:
                 unit = make()
                 memory = image_mebibytes(bench, unit, images)
@@ -516,13 +560,15 @@ def _resnet50(bench: Bench) -> None:
             row = {"section": "resnet50 ratio", "name": OURS + form, "against": best}
             keep(bench, row | {"ratio": [a / b for a, b in zip(rates[ours[0]], rates[best], strict=True)]})
 
-    fastest = max(statistics.median(rates[key]) for key in units if facts[key]["name"].startswith(OURS))
+    ours = [statistics.median(rates[key]) for key in units if facts[key]["name"].startswith(OURS)]
+    if not ours or bench.over("resnet50 loss"):
+        return
     size = dataclasses.replace(bench.size, batch_size=at_once)
     for kind in ("softmax", "sigmoid", "focal"):
         loss = ClassBalancedLoss(counts, kind, beta=0.999)
         found = race(bench, {kind: contenders.loss_alone(size, loss, len(counts))}, 5, share=0.1)[kind]
         note(bench, "resnet50 loss", kind, found, dtype="fp32", batch_size=at_once, depth=50, classes=len(counts))
-        bench.rows[-1]["percent"] = 100 * fastest / statistics.median(found)  # of the time of an image
+        bench.rows[-1]["percent"] = 100 * max(ours) / statistics.median(found)  # of the time of an image
 
 
 def image_mebibytes(bench: Bench, unit: Unit, images: int) -> float | None:
@@ -568,13 +614,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
     """<device>-<date>.json, and made of it .md, .png and .svg; of one workload alone <device>-<workload>-<date>.
 
-    With the fused kernels -fused before the date.
+    With the fused kernels -fused before the date; interrupted -interrupted after it, beside the report of a whole one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", report["environment"]["device"].lower()).strip("-")
     alone = [] if report["workload"] == "all" else [report["workload"]]
     alone += ["fused"] if report["fused"] else []
-    stem = folder / "-".join([slug, *alone, report["date"]])
+    stem = folder / "-".join([slug, *alone, report["date"], *(["interrupted"] if report["interrupted"] else [])])
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md")]
     files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     files[1].write_text(bench_plot.markdown(report, measured_on_gpu(folder)), encoding="utf-8")
@@ -583,9 +629,15 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
 
 def measured_on_gpu(folder: Path) -> bool:
     """Whether one of the reports in `folder` is a GPU's."""
-    return any(
-        json.loads(p.read_text(encoding="utf-8"))["environment"]["kind"] == "cuda" for p in folder.glob("*.json")
-    )
+    for path in folder.glob("*.json"):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # another's, as is one without our keys
+            continue
+        match report:
+            case {"environment": {"kind": "cuda"}}:
+                return True
+    return False
 
 
 def parity(folder: Path) -> bool:
@@ -594,9 +646,9 @@ def parity(folder: Path) -> bool:
     # these files alone: collecting the others wants W&B and Jupyter, and one that cannot be imported stops all
     files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rA", *files]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    (folder / "parity.txt").write_text(done.stdout, encoding="utf-8")
-    print(done.stdout)
+    with (folder / "parity.txt").open("wb") as said:  # at once: what has been said outlasts an interruption
+        done = subprocess.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+    print((folder / "parity.txt").read_text(encoding="utf-8"))
     return done.returncode == 0
 
 
@@ -606,7 +658,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="in small; what a CPU does unless told otherwise")
     size.add_argument("--full", action="store_true", help="everything; what a GPU does unless told otherwise")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="about so long; default 180, in full 3600")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="about so long, with parity tests; default 180, in full 3600"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "results" / "bench")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
@@ -659,7 +713,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.threads is not None and given.threads < 1:
         raise UserError(f"--threads is {given.threads}: it must be 1 or more.")
     device = choose_device(dataclasses.replace(config.Engine(), device=given.device, threads=given.threads))
-    agree = None
     if given.gpu_report:
         if device.type != "cuda":
             raise UserError(f"--gpu-report needs a GPU, and torch {torch.__version__} sees none here.")
@@ -674,37 +727,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # said now, not when all has been measured
         raise UserError(f"--out {given.out} cannot be written ({error.strerror}): give another folder.") from None
     bench.partial = given.out / "rows.partial"
-    if given.gpu_report:
-        agree = parity(given.out)
     report: dict[str, Any] = {"workload": given.workload, "date": datetime.date.today().isoformat()}
     report["command"] = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
     report |= {
         "full": bench.full,
         "fused": bench.size.fused,
-        "parity_tests_passed": agree,
+        "parity_tests_passed": None,
         "environment": environment(device),
     }
-    began = time.monotonic()
-    failed = False
-    for name in WORKLOADS if given.workload == "all" else [given.workload]:
-        try:
-            WORKLOADS[name](bench)
-        except Exception as error:
-            if not bench.rows:
-                raise
-            traceback.print_exc()  # what has been measured, for an hour perhaps, is not lost
-            bench.left_out.append(f"{name}, it failed: {type(error).__name__}")
-            failed = True
-    report |= {"seconds": round(time.monotonic() - began), "left_out": bench.left_out}
+    names = WORKLOADS if given.workload == "all" else [given.workload]
+    began, interrupted = time.monotonic(), False
+    try:
+        if given.gpu_report:
+            report["parity_tests_passed"] = parity(given.out)
+            began = time.monotonic()
+        in_turn(bench, [(name, functools.partial(WORKLOADS[name], bench)) for name in names])
+    except KeyboardInterrupt:
+        interrupted = True
+    if not bench.rows and (interrupted or bench.failed):
+        print("Nothing was measured: " + ("; ".join(bench.left_out) or "interrupted") + ".", file=sys.stderr)
+        return 130 if interrupted else 1
+    report |= {"seconds": round(time.monotonic() - began), "left_out": bench.left_out, "interrupted": interrupted}
     report["process_mebibytes"] = round(peak_mib())
     report["rows"] = bench.rows
     files = write(report, given.out)
     bench.partial.unlink(missing_ok=True)
     bench_plot.show(report, measured_on_gpu(given.out))
     print("Written: " + ", ".join(str(file) for file in files))
-    return 1 if failed or agree is False else 0
+    return 130 if interrupted else 1 if bench.failed or report["parity_tests_passed"] is False else 0
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM is as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the report is still to be written
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises in it for a DataLoader's processes, ended with ours
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     with one_line():
         sys.exit(main())

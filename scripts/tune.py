@@ -7,19 +7,22 @@ A tile is judged by the time of the whole forward and backward pass of ResNet-32
 other tiles as they are: first how many pixels, inputs and outputs a block of threads takes at a time, for one kernel
 after the other, then its warps, the rounds under way at once, and the pixels that it adds up. What does not fit into
 the GPU's shared memory is passed over. The candidates, some 900, are compiled beforehand, in a process a core.
-Interrupted, it prints the best so far.
+Interrupted, by Ctrl-C, SIGTERM or --budget, it prints the best so far.
 """
 
 import argparse
 import concurrent.futures
 import functools
 import itertools
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from types import FrameType
 from typing import Any
 
 import torch
@@ -174,8 +177,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=32, metavar="N", help="of the ResNet; default 32")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="default 128")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="that compile; default all")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="at most; default no limit")
     given = parser.parse_args(arguments)
-    for name in ("lanes", "batch_size", "processes"):
+    for name in ("lanes", "batch_size", "processes", "budget"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}: it must be 1 or more.")
     try:
@@ -185,8 +189,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return given
 
 
+class OutOfTime(Exception):
+    """The budget is used up."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
+    ends = time.monotonic() + given.budget
     device = choose_device(config.Engine())
     if device.type != "cuda":
         raise UserError(f"Tiles are measured on a GPU, and torch {torch.__version__} uses {device} here.")
@@ -206,28 +215,48 @@ def main(arguments: list[str] | None = None) -> None:
         best = took
         print(f"{entry[0]} {entry[1]}: {tiles[entry]} of {tried + 1}, {took:.3f} ms", flush=True)
 
+    def in_time() -> None:
+        if time.monotonic() > ends:
+            raise OutOfTime
+
+    def measure(tiles: dict[Entry, Tile]) -> float | None:
+        in_time()
+        return stopwatch(tiles)
+
     def ready(tried: dict[Entry, list[Tile]]) -> None:
         work = [(given, tiles | {entry: tile}) for entry, candidates in tried.items() for tile in candidates]
         spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        with concurrent.futures.ProcessPoolExecutor(given.processes, spawn) as pool:
-            try:
-                _progress(pool.map(_compile, work, chunksize=4), len(work))
-            except BrokenProcessPool:
-                print("a process that compiled has died: what it left is compiled as it is measured", flush=True)
+        pool = concurrent.futures.ProcessPoolExecutor(given.processes, spawn)
+        try:
+            _progress(pool.map(_compile, work), len(work), in_time)
+        except BrokenProcessPool:
+            print("a process that compiled has died: what it left is compiled as it is measured", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # interrupted, it waits for those under way alone
 
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        descend(tiles, first, stopwatch, ready, report)
+        descend(tiles, first, measure, ready, report)
+    except OutOfTime:
+        print(f"the budget of {given.budget:g} s is used up", flush=True)
     finally:
         images = given.batch_size * given.lanes
         print(f"{first:.3f} -> {best:.3f} ms for {images} images, forward and backward pass; changed:")
         changed = [f"  {e[0]} {e[1]}: {before[e]} -> {tile}" for e, tile in tiles.items() if tile != before[e]]
         print("\n".join(changed) or "  nothing")
-        print(written(before | tiles))
+        print(written(before | tiles), flush=True)
 
 
-def _progress(finished: Iterable[None], total: int) -> None:
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM is as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the tables are still to be printed
+    raise KeyboardInterrupt
+
+
+def _progress(finished: Iterable[None], total: int, in_time: Callable[[], None]) -> None:
     began, shown = time.monotonic(), 0.0
     for number, _ in enumerate(finished, 1):
+        in_time()
         if number == total or time.monotonic() - shown > 5:
             shown = time.monotonic()
             print(f"compiled {number} of {total} candidates, {shown - began:.0f} s", flush=True)

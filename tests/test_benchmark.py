@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -387,6 +388,17 @@ def test_a_gpu_report_names_targets_launches_and_no_gap(written: tuple[dict[str,
     assert [path.suffix for path in bench_plot.save(report, tmp_path / "gpu")] == [".svg", ".png"]
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_report_may_end_after_any_row(written: tuple[dict[str, Any], Path], tmp_path: Path, kind: str) -> None:
+    report = json.loads(json.dumps(written[0]))
+    report["environment"]["kind"] = kind
+    for n in range(len(report["rows"])):
+        shorter = report | {"rows": report["rows"][:n]}
+        assert bench_plot.markdown(shorter, measured_on_gpu=True)
+        if n < 2:
+            assert len(bench_plot.save(shorter, tmp_path / str(n))) == 2
+
+
 def test_a_large_run_is_that_of_table_3() -> None:
     for compiled in (False, True):
         run = contenders.make_large_run(CPU, 224, compiled)
@@ -467,20 +479,76 @@ def test_a_workload_alone_has_its_name_in_its_files(
     assert [row["section"] for row in report["rows"]] == ["loader"]
 
 
-def test_what_was_measured_before_an_end_from_outside_is_kept(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("option", ["--out", "--gpu-report"])
+def test_interrupted_it_reports_what_was_measured(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
 ) -> None:
-    def ended(bench: Any) -> None:
-        benchmark.note(bench, "one run", EAGER, [100.0])
+    """And only what was measured: under a name of its own, with the rest named."""
+
+    def ended(bench: Any, folder: Path | None = None) -> None:
+        benchmark.note(bench, "one run", EAGER, [100.0], mebibytes=None)
+        assert json.loads((tmp_path / "rows.partial").read_text())[0]["turns"] == [100.0]  # were it killed now
         raise KeyboardInterrupt
 
-    made = small_bench(benchmark)
+    made, about = small_bench(benchmark), benchmark.environment(CPU)
+    kind = "cuda" if option == "--gpu-report" else "cpu"
     monkeypatch.setattr(benchmark, "make_bench", lambda given, device: made)
-    monkeypatch.setattr(benchmark, "WORKLOADS", {"cifar": ended})
+    monkeypatch.setattr(benchmark, "choose_device", lambda engine: torch.device(kind))
+    monkeypatch.setattr(benchmark, "environment", lambda device: about)
+    monkeypatch.setattr(benchmark, "parity", lambda folder: True)
+    monkeypatch.setattr(benchmark, "WORKLOADS", {"resnet50": ended, "cifar": benchmark.cifar})
+    assert benchmark.main([option, str(tmp_path)]) == 130
+    (path,) = tmp_path.glob("*.json")
+    assert path.stem.endswith("-interrupted") and not (tmp_path / "rows.partial").exists()
+    report = json.loads(path.read_text())
+    assert [row["name"] for row in report["rows"]] == [EAGER]
+    assert report["parity_tests_passed"] is (True if option == "--gpu-report" else None)
+    page = path.with_suffix(".md").read_text()
+    assert "Left out: the rest of resnet50: interrupted; cifar: interrupted." in page
+
+
+def test_an_interrupted_workload_names_its_sections(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "one_run", ended)
+    bench = small_bench(benchmark)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.main(["cifar", "--device", "cpu", "--out", str(tmp_path)])
-    (row,) = json.loads((tmp_path / "rows.partial").read_text())
-    assert (row["name"], row["turns"]) == (EAGER, [100.0])
+        benchmark.cifar(bench)
+    assert bench.left_out[:2] == ["the rest of one run in fp32: interrupted", "floor: interrupted"]
+
+
+def test_ended_by_a_signal_the_command_still_reports(tmp_path: Path) -> None:
+    """As a machine does that gives a command so many minutes."""
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--device", "cpu", "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while running.poll() is None and not (tmp_path / "rows.partial").exists():
+            time.sleep(0.05)
+        running.terminate()
+        time.sleep(0.2)
+        running.terminate()  # as `timeout` does
+        _, err = running.communicate(timeout=120)
+    finally:
+        running.kill()
+    assert running.returncode == 130 and "Traceback" not in err
+    (path,) = tmp_path.glob("*-interrupted.json")
+    report = json.loads(path.read_text())
+    assert report["rows"][0]["section"] == "loader"
+    assert report["left_out"] == ["the rest of resnet50: interrupted", "cifar: interrupted"]
+
+
+def test_a_section_that_fails_costs_no_other(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    for name in ("one_run", "growth", "classes", "processes", "freed_memory"):
+        monkeypatch.setattr(benchmark, name, lambda *_: None)
+    monkeypatch.setattr(benchmark, "floors", fails)
+    bench = small_bench(benchmark)
+    benchmark.cifar(bench)
+    assert bench.failed and bench.left_out == ["floor, it failed: OutOfMemoryError"]
+    assert [row["section"] for row in bench.rows] == ["evaluation", "first step"]
 
 
 def test_a_workload_that_fails_costs_only_its_own_rows(
@@ -489,21 +557,68 @@ def test_a_workload_that_fails_costs_only_its_own_rows(
     def fails(bench: Any) -> None:
         raise RuntimeError("no compiler")
 
-    made = small_bench(benchmark)
+    made, alone = small_bench(benchmark), small_bench(benchmark)
     monkeypatch.setattr(benchmark, "make_bench", lambda given, device: made)
     monkeypatch.setattr(benchmark, "WORKLOADS", {"loader": benchmark.loader, "resnet50": fails})
     assert benchmark.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "RuntimeError: no compiler" in capsys.readouterr().err
     assert "Left out: resnet50, it failed: RuntimeError." in next(tmp_path.glob("*.md")).read_text()
-    made.rows.clear()
-    with pytest.raises(RuntimeError, match="no compiler"):  # nothing was measured, there is nothing to keep
-        benchmark.main(["resnet50", "--device", "cpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(benchmark, "make_bench", lambda given, device: alone)
+    assert benchmark.main(["resnet50", "--device", "cpu", "--out", str(tmp_path / "none")]) == 1
+    assert "Nothing was measured: resnet50, it failed: RuntimeError." in capsys.readouterr().err
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_what_does_not_fit_into_the_budget_is_named(benchmark: ModuleType) -> None:
     bench = small_bench(benchmark, ends=0.0)
     benchmark.cifar(bench)
     assert bench.rows == [] and bench.left_out[0] == "one run in fp32: the budget was used up"
+
+
+def test_the_budget_is_looked_at_within_a_section(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = small_bench(benchmark, lanes=[1, 2])
+
+    def used_up(*_: Any) -> Any:
+        bench.ends = 0.0
+        return lambda: 4
+
+    monkeypatch.setattr(contenders, "bare", used_up)
+    benchmark.one_run(bench, "fp32", tmp_path)
+    bench.ends = np.inf
+    monkeypatch.setattr(contenders, "replayed", used_up)
+    benchmark.growth(bench, "depth", "depth", [8, 14])
+    bench.ends = np.inf
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(benchmark, "share_out", lambda *_: used_up() and [{"images_per_second": 1.0, "mebibytes": 1.0}])
+    benchmark.processes(bench)
+    assert [(row["section"], row["name"]) for row in bench.rows] == [
+        ("one run", BARE),
+        ("depth", "step"),
+        ("side by side", "processes"),
+    ]
+    left = [what.removesuffix(": the budget was used up") for what in bench.left_out]
+    assert f"one run in fp32, {LOOP}" in left and left[-2:] == ["depth 14 in fp32", "2 processes side by side"]
+
+
+def test_other_files_beside_the_reports_are_passed_over(benchmark: ModuleType, tmp_path: Path) -> None:
+    for number, text in enumerate(["[1]", "{}", '{"environment": "conda"}', '{"environment": {}}', "no JSON"]):
+        (tmp_path / f"{number}.json").write_text(text)
+    assert not benchmark.measured_on_gpu(tmp_path)
+    (tmp_path / "ours.json").write_text('{"environment": {"kind": "cuda"}}')
+    assert benchmark.measured_on_gpu(tmp_path)
+
+
+def test_processes_have_the_memory_that_this_one_no_longer_uses(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(benchmark.Bench, "cuda", True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(benchmark, "share_out", lambda task, k: done.append(f"{k} started") or [{}])
+    benchmark.processes(small_bench(benchmark, lanes=[2]))
+    assert done == ["emptied", "2 started"]
 
 
 @pytest.mark.parametrize(

@@ -270,9 +270,15 @@ def test_trying_out_what_fits_changes_nothing(prepared: Path) -> None:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("changes", [{"engine__micro_batch": 2}, {"loss__reduction": "weight_sum"}])
 def test_on_a_stand_in_for_a_gpu_a_run_gives_the_cpus_bits(
-    prepared: Path, tmp_path: Path, request: pytest.FixtureRequest, changes: dict[str, Any]
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    changes: dict[str, Any],
 ) -> None:
     """Loader, micro-batches, evaluation, and the memory of an image, which is measured there."""
+    searched, fit = [torch.backends.cudnn.benchmark], streaming.fit
+    monkeypatch.setattr(streaming, "fit", lambda *given: searched.append(torch.backends.cudnn.benchmark) or fit(*given))
     on_cpu = settings(prepared, tmp_path / "cpu", **changes)
     expected = streaming.train(on_cpu)
     request.getfixturevalue("stand_in")
@@ -283,6 +289,7 @@ def test_on_a_stand_in_for_a_gpu_a_run_gives_the_cpus_bits(
         torch.equal(value, weights(records.folder_of(on_gpu))[name])
         for name, value in weights(records.folder_of(on_cpu)).items()
     )
+    assert [*searched, torch.backends.cudnn.benchmark] == [False, False, True, False]  # before, within each, after
     assert record["memory_peak_mib"] == 3 and 0 < record["memory_per_image_mib"] <= 2
 
 

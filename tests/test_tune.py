@@ -1,14 +1,18 @@
 """The search for the fused kernels' tiles: what it tries, that it finds the fastest, that its tables can be pasted."""
 
+import concurrent.futures
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
 
@@ -124,11 +128,49 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "measured on a GPU"), (["--lanes", "0"], "--lanes is 0: it must be 1"), (["--depth", "9"], "9")],
+    [
+        ([], "measured on a GPU"),
+        (["--lanes", "0"], "--lanes is 0: it must be 1"),
+        (["--budget", "0"], "--budget is 0"),
+        (["--depth", "9"], "9"),
+    ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(arguments: list[str], said: str) -> None:
     done = call(*arguments)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def search_without_a_gpu(*arguments: str) -> None:
+    """The search with a made-up stopwatch, each time of which is shorter, and that sends SIGTERM unless time is up."""
+    times = iter(range(1000, 0, -1))
+
+    def stopwatch(tiles: Any) -> float:
+        took = next(times)
+        if took == 990:
+            time.sleep(2) if arguments else os.kill(os.getpid(), signal.SIGTERM)
+        return float(took)
+
+    tune.choose_device = lambda engine: torch.device("cuda")
+    tune.torch.cuda.get_device_name = lambda: "made up"
+    tune.Stopwatch = lambda given: stopwatch
+    tune.concurrent.futures.ProcessPoolExecutor = concurrent.futures.ThreadPoolExecutor
+    tune._compile = lambda work: None
+    tune.main([*arguments])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--budget", "2"]], ids=["SIGTERM", "budget"])
+def test_ended_early_it_prints_the_best_so_far(arguments: list[str]) -> None:
+    code = f"import test_tune; test_tune.search_without_a_gpu(*{arguments})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    if arguments:
+        assert done.returncode == 0 and "the budget of 2 s is used up" in done.stdout
+    else:
+        assert "KeyboardInterrupt" in done.stderr
+    entry = next(entry for entry in TILES if entry[1][0] != 1)
+    assert f"changed:\n  {entry[0]} {entry[1]}: {TILES[entry]} -> " in done.stdout
+    found: dict[str, Any] = {}
+    exec(done.stdout[done.stdout.index("FORWARD = {") :], found)
+    assert found["FORWARD"] != fused.FORWARD and found["BACKWARD_WEIGHT"] == fused.BACKWARD_WEIGHT
 
 
 @pytest.mark.gpu

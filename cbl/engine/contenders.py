@@ -207,11 +207,12 @@ def compiled(size: Size, dtype: str) -> Unit:
 
 def searched(size: Size, dtype: str) -> Unit:
     """Our step with the convolutions that cuDNN finds fastest by trying."""
+    before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
         return replayed(size, dtype)
     finally:
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = before
 
 
 # -- others' -----------------------------------------------------------------------------------------------------------

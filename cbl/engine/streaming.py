@@ -75,6 +75,7 @@ def journey(
 ) -> dict[str, Any]:
     """The life of the run; returns `record`, which it keeps up to date, or that of a run that needs no training."""
     world = distributed.join(run.engine)
+    held.enter_context(kernel_search(run, world.device))
     if done := world.tell(_done(folder) if world.leads else None):
         return done
 
@@ -126,6 +127,18 @@ def journey(
 
 def _done(folder: Path) -> dict[str, Any] | None:
     return records.read_record(folder) | {"skipped": "done before"} if records.is_done(folder) else None
+
+
+@contextlib.contextmanager
+def kernel_search(run: config.Run, device: torch.device) -> Iterator[None]:
+    """On a GPU cuDNN tries its convolutions and takes the fastest, unless the run is to be deterministic."""
+    before = torch.backends.cudnn.benchmark
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not run.engine.deterministic
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass
@@ -191,8 +204,6 @@ def prepare(run: config.Run, world: World, indices: tuple[index.Index, index.Ind
         )
     if run.engine.sync_bn and world.size > 1 and device.type == "cpu":
         raise UserError("engine.sync_bn needs GPUs: leave it out on the CPU.")
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not run.engine.deterministic
     model = models.build(run.model, classes, 3, run.seed).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = ClassBalancedLoss(train.counts.tolist(), run.loss.kind, run.loss.beta, run.loss.gamma, "none")
     optimizer = sgd(recipe.parameter_groups(model, run.recipe, run.loss.kind), run.recipe, device)
@@ -398,7 +409,7 @@ def evaluate(run: config.Run, job: Job) -> Tally:
     batch_size = min(run.engine.eval_batch, 2 * job.micro_batch)
     job.model.eval()
     for images, target in job.validation.evaluation(batch_size, rank=job.world.rank, world=job.world.size):
-        with precision(run.engine.dtype, job.world.device):
+        with precision(run.engine.dtype, job.world.device), kernel_search(run, job.world.device):
             logits = job.model(job.step.scaling(images)).float()  # (B, C)
         tally.add(logits, target)
     job.model.train()
