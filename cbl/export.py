@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from cbl import config, data, records
 from cbl.data import augment, index
-from cbl.engine import checkpoint
 from cbl.errors import UserError
 from cbl.models import resnet_cifar, resnet_imagenet
 
@@ -74,11 +73,13 @@ def write(folder: Path, out: Path, data_root: str | None = None) -> dict[str, An
     images are if not where the record says, for runs scaled by the mean and deviation of their own images.
     Raises `UserError` for a run that is not done, files that differ, and weights or images that are not the run's.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is no run folder but a file: give a folder such as outputs/runs/<run_id>.")
     record = records.read_record(folder)
     if not records.is_done(folder):
         raise UserError(f"{folder} is not done (status: {record.get('status')}): finish the run, then export it.")
     # contiguous: on the way out of training they lie in channels_last order, which the format does not know
-    tensors = {name: value.contiguous() for name, value in checkpoint.load_weights(folder / "model.pt").items()}
+    tensors = {name: value.contiguous() for name, value in read_weights(folder / "model.pt").items()}
     facts = describe(record, data_root)
     try:
         build(facts, tensors)
@@ -97,6 +98,23 @@ def write(folder: Path, out: Path, data_root: str | None = None) -> dict[str, An
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}): choose another folder.") from None
     return facts
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a run's `model.pt`, read without running code; raises `UserError` when there is none."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        reason = "it is no state dict"
+    except OSError as error:
+        tensors, reason = None, error.strerror
+    except Exception:  # of many kinds, with a page about the options of torch.load
+        tensors, reason = None, "torch.save did not write it, or it is damaged"
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(
+            f"{path} holds no weights that can be read ({reason}): copy it again from where the run was trained, or "
+            f"delete {path.parent} and train the run again."
+        )
+    return tensors
 
 
 def describe(record: dict[str, Any], data_root: str | None = None) -> dict[str, Any]:

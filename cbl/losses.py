@@ -5,6 +5,7 @@ scale of the authors' code where the paper leaves it open. Imports torch alone.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +25,8 @@ def effective_number(counts: Sequence[int] | Tensor, beta: float) -> Tensor:
     Raises ValueError for counts or a beta outside these ranges.
     """
     counts = _checked_counts(counts)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}; the paper uses 0.9, 0.99, 0.999 and 0.9999.")
+    if not _lies(0.0, beta, 1.0):
+        raise ValueError(f"beta must be a number in [0, 1], got {beta!r}; the paper uses 0.9, 0.99, 0.999 and 0.9999.")
     if beta == 0.0:
         return torch.ones_like(counts)
     if beta == 1.0:
@@ -98,8 +99,8 @@ class ClassBalancedLoss(nn.Module):
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
-        if not 0.0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
+        if not _lies(0.0, gamma, sys.float_info.max):
+            raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}.")
         self.kind = kind
         self.beta = beta
         self.gamma = gamma
@@ -153,6 +154,13 @@ class ClassBalancedLoss(nn.Module):
             if low < 0 or high >= classes:
                 wrong = low if low < 0 else high
                 raise ValueError(f"target must lie in 0..{classes - 1} for {classes} class counts, got {wrong}.")
+
+
+def _lies(low: float, value: float, high: float) -> bool:
+    try:
+        return bool(low <= value <= high)
+    except (TypeError, ValueError, RuntimeError):  # a text, None, or an array of several
+        return False
 
 
 def _checked_counts(counts: Sequence[int] | Tensor) -> Tensor:

@@ -109,5 +109,6 @@ class ResidentLauncherConf:
 
 
 ConfigStore.instance().store("resident", node=ResidentLauncherConf, group="hydra/launcher", provider="cbl")
-# All keys with their defaults, so that a yaml only has to name what it sets.
-ConfigStore.instance().store("schema", node=dataclasses.asdict(config.Run()), provider="cbl")
+# All keys with their defaults, so that a yaml only has to name what it sets. Hydra loads this in every application
+# of the environment: a plain "schema" would replace theirs.
+ConfigStore.instance().store("cbl_schema", node=dataclasses.asdict(config.Run()), provider="cbl")

@@ -1,4 +1,4 @@
-"""Around a Hydra main: what Hydra says of a wrong command line becomes one sentence with the nearest valid name."""
+"""What the scripts share: a wrong command line is answered with one sentence, what Hydra says of it included."""
 
 import contextlib
 import dataclasses
@@ -6,12 +6,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from cbl import config
 from cbl.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TABLE = "A table is no setting of a run: make reproduce-table TABLE=digits trains what it lacks and shows it."
 
 
 @contextlib.contextmanager
@@ -24,10 +28,17 @@ def one_line() -> Iterator[None]:
         _leave(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _leave(_sentence(error))
-    except RuntimeError as error:  # submitit's, on a machine without Slurm
-        if "srun" not in str(error):
+    except RuntimeError as error:
+        submitit = sys.modules.get("submitit")
+        if submitit and isinstance(error, submitit.core.utils.UncompletedJobError):
+            _leave(_failed_job(str(error)), status=1)
+        if "srun" not in str(error):  # submitit's, on a machine without Slurm
             raise
         _leave("No srun found: hydra/launcher=slurm wants a Slurm cluster; leave it out to train on this machine.")
+    except ValueError as error:  # Hydra raises a few plain ones
+        if not (sentence := _of_plain_error(str(error))):
+            raise
+        _leave(sentence)
     except KeyboardInterrupt:
         _leave("Interrupted; the same command goes on from the last checkpoint.", status=130)
 
@@ -37,16 +48,62 @@ def flags_first() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
 
 
+def results_folder(path: Path) -> Path:
+    """`path`, when published runs are in it; raises `UserError` otherwise."""
+    if not (path / "runs.csv").is_file():
+        raise UserError(f"{path} has no runs.csv: give --results the folder that scripts/collect.py publishes into.")
+    return path
+
+
+def output_folder(path: Path) -> Path:
+    """`path`, made when it is not there; raises `UserError` where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be a folder ({error.strerror}): choose another to write to.") from None
+    return path
+
+
 def _sentence(error: Exception) -> str:
     text = str(error)
     if found := re.search(r"Could not override '([\w.@/]+)'", text):
         key = found[1]
+        if key == "table":
+            return TABLE
         groups = [field.name for field in dataclasses.fields(config.Run)]
         return f"Unknown key '{key}'{config.nearest(key, [*groups, *config.keys()])}"
     if found := re.search(r"Could not find '([\w./]+)'\s+Available options in '([\w/]+)':((?:\n\t.*)+)", text):
         group, option = found[2], found[1].removeprefix(found[2] + "/")
         return f"Unknown {group} '{option}'{config.nearest(option, found[3].split())}"
     return " ".join(text.split())
+
+
+def _of_plain_error(text: str) -> str | None:
+    """Of the ValueErrors that a command line makes Hydra raise; None for any other."""
+    if text.startswith("Only one of --run, --multirun, --cfg"):
+        return (
+            "--run, -m, --cfg and --info exclude each other: to preview a job of a sweep with --cfg job, leave -m out "
+            "and give one value for each comma list."
+        )
+    if text.startswith("The --resolve flag"):
+        return text
+    if text.startswith("Config group override must be a string"):  # it does not say which
+        for argument in sys.argv[1:]:
+            group, _, values = argument.lstrip("+").partition("=")
+            if group == "table":
+                return TABLE
+            options = sorted(path.stem for path in CONFIGS.glob(f"{group}/*.yaml")) if group.isidentifier() else []
+            for value in values.split(","):
+                if options and value not in options:
+                    return f"Unknown {group} '{value}'{config.nearest(value, options)}"
+    return None
+
+
+def _failed_job(text: str) -> str:
+    """Of submitit's account of a job: where its log is, and the last line of it."""
+    folder = re.search(r"(/.+)/[^/\n]+_(?:result\.pkl|log\.err)", text)
+    said = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")]
+    return f"A job of the sweep failed (its log is in {folder and folder[1]}); it last said: {said[-1].strip()}"
 
 
 def _leave(text: str, status: int = 2) -> None:

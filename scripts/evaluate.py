@@ -140,12 +140,13 @@ def prepare(run: config.Run, record: dict[str, Any]) -> "job.Job | streaming.Job
 
 def restore(ready: "job.Job | streaming.Job", weights: Path) -> int:
     """Puts the weights into the network; returns the steps that they were trained for."""
+    from cbl import export
     from cbl.engine import checkpoint
 
     try:
         if weights.name == "checkpoint.pt":
             return checkpoint.load(weights.parent, ready.model, ready.optimizer)["step"]
-        tensors = checkpoint.load_weights(weights) if weights.name == "model.pt" else exported(weights)[1]
+        tensors = export.read_weights(weights) if weights.name == "model.pt" else exported(weights)[1]
         ready.model.load_state_dict(tensors)
         return ready.last_step
     except RuntimeError:

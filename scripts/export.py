@@ -15,7 +15,7 @@ from cbl.errors import UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a run that is done; run= in front may be left out")
+    parser.add_argument("run", help="folder of a run that is done, or its model.pt; run= may be left out")
     parser.add_argument("--out", type=Path, help="folder to write to (default: exports/<run_id>)")
     parser.add_argument(
         "--data",
@@ -26,6 +26,8 @@ def main() -> None:
     from cbl import export  # after the command line: torch takes seconds to import
 
     folder = Path(arguments.run.removeprefix("run="))
+    if folder.name == "model.pt":
+        folder = folder.parent
     out = arguments.out or Path("exports") / folder.resolve().name
     facts = export.write(folder, out, arguments.data)
     size = (out / export.WEIGHTS).stat().st_size / 1e6

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from command_line import output_folder, results_folder
 from matplotlib.figure import Figure
 
 from cbl import store
@@ -104,11 +105,10 @@ def main() -> None:
     for name in arguments.names:
         if name not in FIGURES:
             raise UserError(f"There is no figure '{name}'{nearest(name, FIGURES)}")
-    found = store.read_folders([arguments.runs]) if arguments.runs else store.load(arguments.results)
+    found = store.read_folders([arguments.runs]) if arguments.runs else store.load(results_folder(arguments.results))
     for warning in found.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
-    out = arguments.out or arguments.results / "figures"
-    out.mkdir(parents=True, exist_ok=True)
+    out = output_folder(arguments.out or arguments.results / "figures")
     for name in arguments.names or FIGURES:
         figure = FIGURES[name].draw(found)
         if figure is None:

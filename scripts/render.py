@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from command_line import output_folder, results_folder
+
 from cbl import records, store
 from cbl.errors import UserError
 from cbl.report import formats, page, readme, tables
@@ -15,16 +17,14 @@ from cbl.report import formats, page, readme, tables
 
 def main() -> None:
     asked = arguments()
-    if not asked.runs and not asked.results.is_dir():
-        raise UserError(f"{asked.results} is no folder: give the one that holds runs.csv, or run folders with --runs.")
-    found = store.read_folders(asked.runs) if asked.runs else store.load(asked.results)
+    found = store.read_folders(asked.runs) if asked.runs else store.load(results_folder(asked.results))
     for warning in found.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     counts = dict(images_per_class(pair) for pair in asked.counts)
     built = {name: tables.build(name, found.runs, counts) for name in tables.NAMES}
 
     published = not asked.runs and not asked.out
-    folder = asked.results / "tables" if published else asked.out or Path("outputs/tables")
+    folder = output_folder(asked.results / "tables" if published else asked.out or Path("outputs/tables"))
     written = [path for name in asked.tables for path in formats.write(built[name], folder)]
     written.append((asked.results if published else folder) / "index.html")
     records.write_text(written[-1], page.page(built, found.runs, None if asked.runs else asked.results / "figures"))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import one_line
+from command_line import one_line, output_folder, results_folder
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -73,7 +73,7 @@ def main() -> int:
     began = time.monotonic()
     asked = arguments()
     runs = plan(asked.table, asked.seeds, [f"engine.device={asked.device}", f"output_dir={asked.runs}", *asked.set])
-    published = store.load(asked.results) if asked.reuse else None
+    published = store.load(results_folder(asked.results)) if asked.reuse else None
     known = set() if published is None else set(published.runs.query("status == 'done'").run_id)
     done = {
         config.run_id(run) for run in runs if config.run_id(run) in known or records.is_done(records.folder_of(run))
@@ -93,6 +93,7 @@ def main() -> int:
         print(f"About {_spoken(sum(each))} of training on this machine, from a short measurement.", flush=True)
     if asked.dry:
         return 0
+    output_folder(asked.out / "tables")  # refused before the training, not after
     deadline = float("inf") if asked.budget is None else began + asked.budget
     ended = train(missing, deadline) if missing else []
     if left := sum(record["status"] == "running" for record in ended):

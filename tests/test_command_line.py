@@ -1,5 +1,6 @@
 """scripts/train.py as people type it: what is wrong is one line, and a sweep trains what is right."""
 
+import math
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -63,6 +65,15 @@ WRONG = [
     ("loss=[1", r".+"),
     ("loss.beta", r".*'loss.beta'.*"),
     ("seed=0,1", r"Ambiguous value for argument 'seed=0,1' .*--multirun.*"),
+    # options that Hydra takes for numbers, and a group that is no part of a run
+    ("model=32", r"Unknown model '32'; valid are resnet101, .*resnet32, .*"),
+    ("loss=2", r"Unknown loss '2'; valid are focal, .*"),
+    ("dataset=10", r"Unknown dataset '10'; valid are cifar100_lt, .*"),
+    ("sweep=null", r"Unknown sweep 'null'; valid are beta, .*"),
+    ("table=digits", r"A table is no setting of a run: make reproduce-table TABLE=digits .*"),
+    ("+table=2", r"A table is no setting of a run: .*"),
+    # flags
+    ("--resolve", r"The --resolve flag can only be used in conjunction with --cfg or --help"),
 ]
 
 
@@ -75,10 +86,60 @@ def test_a_wrong_argument_is_one_line(train: Train, tmp_path: Path, argument: st
 
 
 def test_a_wrong_argument_of_a_sweep_stops_it_before_it_begins(train: Train, tmp_path: Path) -> None:
-    for wrong in ("loss.bta=1", "loss=softmax,focl"):
+    for wrong in ("loss.bta=1", "loss=softmax,focl", "model=resnet8,32"):
         status, out, err = train("-m", *DIGITS, "seed=0,1", wrong)
         assert status == 2 and out == "" and err.startswith("Unknown ") and err.count("\n") == 1
     assert not (tmp_path / "outputs" / "runs").exists()
+
+
+def test_a_sweep_cannot_be_previewed_as_one_configuration(train: Train, tmp_path: Path) -> None:
+    for flag in ("--cfg", "--info"):
+        status, out, err = train("-m", "seed=0,1", flag, {"--cfg": "job", "--info": "all"}[flag])
+        assert status == 2 and out == "" and err.count("\n") == 1 and "to preview a job of a sweep" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_other_plain_error_keeps_its_trace() -> None:
+    for error in (ValueError("Only one"), RuntimeError("CUDA error")):
+        with pytest.raises(type(error), match=str(error)), command_line.one_line():
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("job", "argument", "last"),
+    [(sys.exit, "run: failed. No data.", "run: failed. No data."), (math.sqrt, -1, "ValueError: math domain error")],
+)
+def test_a_failed_job_of_submitit_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    job: Callable,
+    argument: object,
+    last: str,
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.Job, "_results_timeout_s", 0)  # how long it looks for what a dead job has not left
+    submitted = submitit.LocalExecutor(tmp_path).submit(job, argument)
+    with pytest.raises(SystemExit) as left, command_line.one_line():
+        submitted.result()
+    log = submitted.paths.folder
+    assert left.value.code == 1
+    assert capsys.readouterr().err == f"A job of the sweep failed (its log is in {log}); it last said: {last}\n"
+
+
+def test_a_config_of_another_application_named_schema_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        "import hydra\n"
+        "from hydra.core.config_store import ConfigStore\n"
+        "ConfigStore.instance().store('schema', node={'mine': 1})\n"
+        "hydra.main(version_base='1.3', config_path=None, config_name='schema')(lambda found: print(dict(found)))()\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(SCRIPT.parent.parent)
+    }  # where Hydra finds our plugin, installed or not
+    command = [sys.executable, "app.py", "hydra.run.dir=."]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "{'mine': 1}\n"
 
 
 def test_missing_data_is_one_line_and_leaves_no_folder(train: Train, tmp_path: Path) -> None:
@@ -101,6 +162,7 @@ def test_help_names_groups_and_keys(train: Train, tmp_path: Path) -> None:
     status, out, err = train("--help")
     assert status == 0 and err == ""
     assert "loss: focal, focal_g0.5, focal_g1, focal_g2, sigmoid, softmax" in out
+    assert "(but table: make reproduce-table TABLE=digits)" in out
     assert "imbalance_factor: 100" in out and "--cfg job" in out
     assert list(tmp_path.iterdir()) == []
 

@@ -276,8 +276,15 @@ def test_what_cannot_be_evaluated_is_one_sentence(copied: Path, tmp_path: Path) 
     state = torch.load(copied / "model.pt", weights_only=True)
     torch.save({name: value for name, value in state.items() if name != "fc.bias"}, copied / "model.pt")
     refuses(copied, "does not fit the network that result.json beside it describes")
-    (copied / "model.pt").write_bytes(b"no weights")
-    refuses(copied, "model.pt cannot be read")
+    saved = (copied / "model.pt").read_bytes()
+    for content in (b"no weights", saved[: len(saved) // 2], b""):
+        (copied / "model.pt").write_bytes(content)
+        refuses(
+            copied,
+            r"model.pt holds no weights that can be read \(torch.save did not write it, or it is damaged\): copy",
+        )
+    torch.save([1, 2], copied / "model.pt")
+    refuses(copied, r"model.pt holds no weights that can be read \(it is no state dict\): copy")
     (copied / "model.pt").unlink()
     refuses(copied, "has no weights, neither model.pt nor checkpoint.pt")
 

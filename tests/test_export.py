@@ -259,8 +259,9 @@ def test_what_cannot_be_exported_is_one_sentence(
     refuses(tmp_path / "nowhere", "is no run folder: it has no result.json")
     torch.save({name: value for name, value in weights.items() if name != "fc.bias"}, copied / "model.pt")
     refuses(copied, r"run/model.pt does not fit the network that result.json beside it says")
+    refuses(copied / "model.pt", r"^.*run/model.pt is no run folder but a file: give a folder such as outputs/runs/")
     (copied / "model.pt").unlink()
-    refuses(copied, r"run/model.pt cannot be read as weights")
+    refuses(copied, r"run/model.pt holds no weights that can be read \(No such file or directory\): copy it again")
     (copied / "done").unlink()
     refuses(copied, r"^.*run is not done \(status: done\): finish the run, then export it\.$")
     own, tree = by_own_statistics
@@ -415,6 +416,9 @@ def test_the_command_itself(done: Path, tmp_path: Path, monkeypatch: pytest.Monk
     said = capsys.readouterr().out
     assert said.startswith(f"{weights}: 75,002 parameters, 0.3 MB, test error {record['error_last']:.2f} %")
     assert export.read(weights)[0]["run_id"] == done.name
+    monkeypatch.setattr(sys, "argv", ["export.py", str(done / "model.pt")])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out == said
     monkeypatch.setattr(sys, "argv", ["export.py", str(done), "--out", "elsewhere"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert (tmp_path / "elsewhere" / "README.md").exists()

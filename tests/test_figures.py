@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from cbl import config, records, store
+from cbl.errors import UserError
 from cbl.report import figures, paper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -547,6 +548,7 @@ def test_script_draws_what_it_can_and_says_what_makes_the_rest(tmp_path, monkeyp
     stale = tmp_path / "figures" / "fig8.png"
     stale.parent.mkdir()
     stale.touch()
+    store.publish(store.read_folders([]), tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py", "--results", str(tmp_path), "fig3", "fig8"])
     script().main()
     assert sorted(path.name for path in stale.parent.iterdir()) == ["fig3.png", "fig3.svg"]
@@ -557,6 +559,22 @@ def test_script_draws_unpublished_runs_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["figures.py", "--runs", str(MINIATURE), "--out", str(tmp_path), "fig5"])
     script().main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fig5.png", "fig5.svg"]
+
+
+def test_script_refuses_folders_that_will_not_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for words, sentence in (
+        (
+            ["--results", "typo"],
+            "^typo has no runs.csv: give --results the folder that scripts/collect.py publishes into",
+        ),
+        (["--runs", str(MINIATURE), "--out", "file"], r"^file cannot be a folder \(File exists\): choose another"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["figures.py", *words, "fig3"])
+        with pytest.raises(UserError, match=sentence):
+            script().main()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_script_names_the_nearest_figure(monkeypatch):

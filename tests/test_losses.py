@@ -384,6 +384,12 @@ def test_repr_says_what_it_computes():
         ({"counts": "abc"}, "'abc'"),
         ({"counts": {0: 5}}, "{0: 5}"),
         ({"counts": [1, None]}, "None"),
+        ({"beta": "0.9"}, r"^beta must be a number in \[0, 1\], got '0.9'; the paper uses"),
+        ({"beta": None}, "^beta must be a number .* got None"),
+        ({"beta": [0.9, 0.99]}, r"^beta must be a number .* got \[0.9, 0.99\]"),
+        ({"beta": torch.zeros(2)}, "^beta must be a number .* got tensor"),
+        ({"gamma": "2"}, "^gamma must be a finite number >= 0, got '2'"),
+        ({"gamma": None}, "^gamma must be a finite number >= 0, got None"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):

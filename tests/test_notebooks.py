@@ -1,5 +1,6 @@
 """The notebooks run on what is published, and are committed without outputs."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -53,6 +54,14 @@ def test_results_run_on_what_is_published_on_other_runs_and_on_none(tmp_path):
         assert sum(figures) + sum("No runs for this figure yet." in text for text in texts) == 4
         if place.name != "results":
             assert sum(figures) == (4 if place.name == "miniature" else 0)
+
+
+def test_what_is_published_is_told_apart():
+    cells = [cell for cell in code("results.ipynb") if re.search("^(found|summary|chosen) = ", cell.source, re.M)]
+    rows = "summary.duplicated([*recipe, 'loss', 'gamma', 'beta']).sum()"
+    columns = "chosen['cell'].nunique() == chosen['beta'].nunique()"
+    *_, (printed, _) = execute([*cells, nbformat.v4.new_code_cell(f"print({rows}, {columns})")])
+    assert printed == "0 True\n"
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)

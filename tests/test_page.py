@@ -184,16 +184,30 @@ def test_render_takes_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--results", "nowhere"], "nowhere is no folder"),
+        (["--results", "nowhere"], "nowhere has no runs.csv"),
+        (["--results", "."], ". has no runs.csv"),
+        (
+            ["--runs", str(MINIATURE / "second_machine"), "--out", __file__],
+            f"{__file__} cannot be a folder (File exists)",
+        ),
         (["--runs", "nowhere"], "nowhere is no folder"),
-        (["--counts", "imagenet=nowhere"], "--counts imagenet=nowhere cannot be read"),
+        (
+            ["--runs", str(MINIATURE / "second_machine"), "--counts", "imagenet=nowhere"],
+            "--counts imagenet=nowhere cannot be read",
+        ),
     ],
 )
 def test_render_refuses_in_one_sentence(
-    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         render(monkeypatch, *arguments)
     assert stopped.value.code == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith(sentence) and "\n" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -192,3 +192,12 @@ def test_a_wrong_argument_is_one_sentence(tmp_path: Path) -> None:
         [sys.executable, "scripts/reproduce_table.py", "--set", "loss.bta=1"], cwd=ROOT, capture_output=True, text=True
     )
     assert ended.returncode == 2 and ended.stderr == "Unknown key 'loss.bta'; did you mean 'loss.beta'?\n"
+
+
+def test_wrong_folders_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cases = {"--reuse --results": "has no runs.csv: give --results", "--out": "cannot be a folder"}
+    for words, sentence in cases.items():
+        command = [sys.executable, "scripts/reproduce_table.py", "--table", "1", *words.split(), str(tmp_path / "file")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr

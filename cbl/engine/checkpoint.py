@@ -22,10 +22,6 @@ def _write(path: Path, content: Any) -> None:
         raise
 
 
-def _brief(error: Exception) -> str:
-    return str(error).partition("\n")[0][:100].strip() or type(error).__name__  # torch's goes on for a page
-
-
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """`checkpoint.pt`: weights, momentum and the plain numbers in `state`."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
@@ -42,8 +38,8 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is damaged ({_brief(error)}): delete {folder} to start the run afresh.") from None
+    except Exception:  # of many kinds, with a page about the options of torch.load
+        raise UserError(f"{path} is damaged: delete {folder} to start the run afresh.") from None
     model.load_state_dict(content["model"])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, saved in content["optimizer"]["state"].items():
@@ -54,12 +50,3 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 def save_weights(folder: Path, model: torch.nn.Module) -> None:
     """`model.pt`: the state dict alone, on the CPU."""
     _write(folder / "model.pt", {name: value.cpu() for name, value in model.state_dict().items()})
-
-
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a run's `model.pt` or `checkpoint.pt`; raises `UserError` when it cannot be read."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as weights ({_brief(error)}): evaluate another run.") from None
-    return content.get("model", content)
