@@ -5,6 +5,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 TABLE ?= digits
 SEEDS ?= 0,1,2
+NO := 0 no false
 
 # The stamp: made anew when what is to be installed changes.
 READY := $(VENV)/.ready
@@ -28,13 +29,13 @@ lint: setup ## ruff and mypy
 	$(RUN) -m mypy
 
 reproduce-table: setup ## train what TABLE=digits|1|2|grid10|grid20|grid100|ablation|ablation_digits|conditions|drop|3 lacks, show it: SEEDS=0,1,2 DRY=1 BUDGET=s REUSE=1 DEVICE= SET=key=value
-	$(RUN) scripts/reproduce_table.py --table $(TABLE) --seeds $(SEEDS) $(if $(filter 1,$(DRY)),--dry) \
-	  $(if $(filter 1,$(REUSE)),--reuse) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEVICE),--device $(DEVICE)) \
+	$(RUN) scripts/reproduce_table.py --table $(TABLE) --seeds $(SEEDS) $(if $(filter-out $(NO),$(DRY)),--dry) \
+	  $(if $(filter-out $(NO),$(REUSE)),--reuse) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEVICE),--device $(DEVICE)) \
 	  $(if $(SET),--set $(SET))
 
 data: setup ## prepare DATASET=inaturalist2017|inaturalist2018|imagenet under ROOT=data: RESIZE=256 DOWNLOAD=1
 	$(RUN) scripts/prepare_data.py $(DATASET) --root $(or $(ROOT),data) $(if $(RESIZE),--resize $(RESIZE)) \
-	  $(if $(filter 1,$(DOWNLOAD)),--download)
+	  $(if $(filter-out $(NO),$(DOWNLOAD)),--download)
 
 collect: setup ## publish outputs/runs (or FOLDERS=..., WANDB=entity/project) into results/ and render all of it
 	$(RUN) scripts/collect.py $(FOLDERS) $(if $(WANDB),--wandb $(WANDB))

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -28,11 +29,11 @@ class Dataset:
         "inaturalist2017", "inaturalist2018", "imagenet",
     ] = "cifar10_lt"  # fmt: skip
     imbalance_factor: float | None = 100.0  # largest class / smallest, >= 1; None (folder, large sets): as on disk
-    subset_seed: int = 0  # which images are kept
+    subset_seed: int = 0  # which images are kept; 0 where all are
     root: str = "data"  # where the files are; for `folder` the tree that holds train/ and test/
     download: bool = True  # fetch CIFAR when it is not under root
-    shift: int | None = None  # pixels of zero padding and random crop; None: 4, on 8 x 8 digits 1
-    flip: bool | None = None  # random horizontal flip; None: yes, but not on digits
+    shift: int | None = None  # pixels of zero padding and random crop, not on large sets; None: 4, on 8 x 8 digits 1
+    flip: bool | None = None  # random horizontal flip, always on large sets; None: yes, but not on digits
     image_size: int = 32  # pixels, `folder` and large sets only; the paper's are 224 and 320
     on_damaged: Literal["refuse", "skip"] = "refuse"  # an image that cannot be read; large sets only
 
@@ -275,13 +276,22 @@ def _resolve(run: Run) -> Run:
     digits = run.dataset.name == "digits_lt"
     shift = (1 if digits else 4) if run.dataset.shift is None else run.dataset.shift
     flip = (not digits) if run.dataset.flip is None else run.dataset.flip
+    # else all images are kept, whatever the seed: several would be so many copies of one run
+    drawn = run.dataset.imbalance_factor not in ((None, 1.0) if run.dataset.name.startswith("cifar") else (None,))
     drop = run.recipe.drop
     if drop is None:
         drop = 0.1 if run.dataset.imbalance_factor == 1 or run.dataset.name in LARGE else 0.01
     bias = (run.loss.kind != "softmax") if run.model.prior_bias is None else run.model.prior_bias
     return dataclasses.replace(
         run,
-        dataset=dataclasses.replace(run.dataset, shift=shift, flip=flip),
+        dataset=dataclasses.replace(
+            run.dataset,
+            shift=shift,
+            flip=flip,
+            subset_seed=run.dataset.subset_seed if drawn else 0,
+            # part of the name: one, however it is spelled
+            root=os.path.normpath(run.dataset.root) if run.dataset.name == "folder" else run.dataset.root,
+        ),
         model=dataclasses.replace(run.model, prior_bias=bias),
         recipe=dataclasses.replace(run.recipe, drop=drop),
     )
@@ -350,6 +360,9 @@ def _check(run: Run) -> None:
     for key, seed in (("seed", run.seed), ("dataset.subset_seed", d.subset_seed)):
         need(0 <= seed < 2**32, key, seed, "seeds are whole numbers from 0 to 2^32 - 1")
     need(d.shift is None or d.shift >= 0, "dataset.shift", d.shift, "a shift is 0 pixels or more")
+    if d.name in LARGE:  # resolved, both have the value that they have elsewhere
+        need(d.shift in (None, 4), "dataset.shift", d.shift, f"crops of {d.name} are of random size: leave it out")
+        need(d.flip is not False, "dataset.flip", "false", f"images of {d.name} are always flipped: leave it out")
     need(d.image_size >= 4, "dataset.image_size", d.image_size, "images need at least 4 pixels a side")
     if m.name == "resnet_imagenet":
         need(d.name in LARGE, "model.name", m.name, f"it is for the large sets: {d.name} takes model=resnet32")

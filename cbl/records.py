@@ -81,7 +81,7 @@ def is_done(folder: Path) -> bool:
 def lock(folder: Path) -> Iterator[bool]:
     """True when this process alone may write to `folder`; the lock goes with the process, however it ends.
 
-    Makes the folder; raises `UserError` when that cannot be done.
+    Makes the folder, and removes what a killed process left half written; raises `UserError` when that cannot be done.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +94,8 @@ def lock(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
+            for half_written in folder.glob("*.tmp"):
+                half_written.unlink()
             yield True
 
 

@@ -34,6 +34,7 @@ CURVES = {
 POINTS = 50  # of a published curve: as many as a figure can show
 _ORDER = ["dataset", "imbalance_factor", "model", "loss", "gamma", "beta", "reduction", "overrides", "epochs", "dtype"]
 _ORDER += ["seed", "subset_seed", "run_id"]
+_RANK = {"running": 0, "failed": 1, "done": 2}  # of two readings of a run the higher status counts
 _PERCENT = {name for name in RUNS if name.startswith("error_")} | {"ece", "error", "test_error"}
 
 
@@ -143,10 +144,11 @@ def load(results: Path | str) -> Store:
 
 
 def merge(old: Store, new: Store) -> Store:
-    """Both by run_id. A done run beats one that is not; of two done ones the old stays, of two failed ones the new.
+    """Both by run_id. A done run beats a failed one, that one under way; of two done the old stays, else the new.
 
     Two done records with different errors (of two machines, or trained again) are warned of. Two readings of one and
-    the same training complete each other. Foreign columns stay with their runs. The warnings are those of both.
+    the same training complete each other, and the newer of two failures takes from the older what it leaves blank.
+    Foreign columns stay with their runs. The warnings are those of both.
     """
     rows = {row["run_id"]: row for row in _rows(old.runs)}
     warnings = [*old.warnings, *new.warnings]
@@ -166,9 +168,11 @@ def merge(old: Store, new: Store) -> Store:
             elif all(row[key] == there[key] for key in ("started", "device")):
                 taken.add(name)
                 rows[name] = row | {key: value for key, value in there.items() if value not in (None, "")}
-        elif there["status"] != "done":
+        elif _RANK[row["status"]] >= _RANK[there["status"]]:
             replaced.add(name)
-            rows[name] = row | {key: value for key, value in there.items() if key not in RUNS}
+            failed_again = row["status"] == "failed" == there["status"]
+            blank = {key for key, value in row.items() if failed_again and value in (None, "")}
+            rows[name] = row | {key: value for key, value in there.items() if key not in RUNS or key in blank}
 
     def details(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         before = before[~before["run_id"].isin(replaced)]
@@ -271,7 +275,8 @@ def _one_run(record: dict[str, Any], metrics: list[dict[str, Any]], done: bool) 
     name = row["run_id"]
     for key, value in row.items():
         wanted = {"str": str, "Int64": int, "Float64": int | float}[RUNS[key]]
-        if (value is None and key in ("run_id", "cell", "status")) or not isinstance(value, wanted | None):
+        missing = value is None and key in ("run_id", "cell")
+        if missing or not isinstance(value, wanted | None) or (key == "status" and value not in _RANK):
             raise UserError(f"a record of {name} has {key} = {value!r}, which no run of this project writes.")
     if row["status"] == "done" and not done:
         row["status"] = "running"  # killed at the very end: it will go on and end again

@@ -1,8 +1,8 @@
 """Draw the figures, as SVG and PNG, from the published runs; nothing is trained.
 
-    python scripts/figures.py                                            # all, from results/ into results/figures/
-    python scripts/figures.py fig5 fig8                                  # these
-    python scripts/figures.py --runs outputs/runs --out outputs/figures  # from run folders that are not published
+    python scripts/figures.py                      # all, from results/ into results/figures/
+    python scripts/figures.py fig5 fig8            # these
+    python scripts/figures.py --runs outputs/runs  # from run folders that are not published, into outputs/figures/
 
 A figure that has no run to show is not drawn, and a file of it from before is deleted.
 """
@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="figures to draw (default: all)")
     parser.add_argument("--results", default="results", type=Path, help="published runs (default: results)")
     parser.add_argument("--runs", type=Path, help="run folders to draw from instead")
-    parser.add_argument("--out", type=Path, help="where to write (default: figures/ in --results)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: figures/ in --results, for --runs outputs/figures)"
+    )
     arguments = parser.parse_args()
 
     for name in arguments.names:
@@ -108,7 +110,7 @@ def main() -> None:
     found = store.read_folders([arguments.runs]) if arguments.runs else store.load(results_folder(arguments.results))
     for warning in found.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
-    out = output_folder(arguments.out or arguments.results / "figures")
+    out = output_folder(arguments.out or (Path("outputs/figures") if arguments.runs else arguments.results / "figures"))
     for name in arguments.names or FIGURES:
         figure = FIGURES[name].draw(found)
         if figure is None:

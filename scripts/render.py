@@ -1,6 +1,7 @@
 """Render tables from recorded runs, without training: Markdown, CSV, LaTeX, one HTML page, and the README's results.
 
 python scripts/render.py                                  # published: results/tables, results/index.html, README.md
+python scripts/render.py --results OTHER                  # the same in OTHER; a README only with --readme
 python scripts/render.py --runs outputs/runs --tables 2   # local runs: outputs/tables
 """
 
@@ -13,6 +14,8 @@ from command_line import output_folder, results_folder
 from cbl import records, store
 from cbl.errors import UserError
 from cbl.report import formats, page, readme, tables
+
+RESULTS, README = Path("results"), Path("README.md")
 
 
 def main() -> None:
@@ -28,10 +31,11 @@ def main() -> None:
     written = [path for name in asked.tables for path in formats.write(built[name], folder)]
     written.append((asked.results if published else folder) / "index.html")
     records.write_text(written[-1], page.page(built, found.runs, None if asked.runs else asked.results / "figures"))
-    if published and asked.readme.exists():
-        old = asked.readme.read_text(encoding="utf-8")
-        records.write_text(asked.readme, readme.replace_block(old, readme.block(found.runs)))
-        written.append(asked.readme)
+    renewed = asked.readme or (README if asked.results == RESULTS else None)
+    if published and renewed and renewed.exists():
+        old = renewed.read_text(encoding="utf-8")
+        records.write_text(renewed, readme.replace_block(old, readme.block(found.runs)))
+        written.append(renewed)
     print("\n".join(map(str, written)))
 
 
@@ -47,10 +51,12 @@ def images_per_class(pair: str) -> tuple[str, list[int]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=tables.NAMES, default=tables.NAMES, help="default: all")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="the published runs (default: results)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the published runs (default: results)")
     parser.add_argument("--runs", nargs="+", metavar="FOLDER", help="run folders to render instead of published runs")
     parser.add_argument("--out", type=Path, help="where to write (default: results/tables, for --runs outputs/tables)")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="whose results block is renewed")
+    parser.add_argument(
+        "--readme", type=Path, help="whose results block is renewed (default: README.md, for other --results none)"
+    )
     parser.add_argument("--counts", nargs="+", default=[], metavar="NAME=FILE", help="images per class, for Table 1")
     return parser.parse_args()
 

@@ -61,7 +61,10 @@ def say_plan(runs: Sequence[config.Run], done: set[str]) -> None:
         folder = records.folder_of(run)
         state = "done" if name in done else "to do"
         if state != "done" and (folder / "result.json").exists():
-            state = "failed" if records.read_record(folder)["status"] == "failed" else "half done"
+            try:
+                state = "failed" if records.read_record(folder)["status"] == "failed" else "half done"
+            except UserError:  # it cannot be read: said when its turn comes
+                state = "failed"
             begun, failed = begun + (state == "half done"), failed + (state == "failed")
     print(
         f"{len(runs)} runs: {len(done)} done, {begun} half done, {failed} failed before, "
@@ -72,7 +75,10 @@ def say_plan(runs: Sequence[config.Run], done: set[str]) -> None:
 def main() -> int:
     began = time.monotonic()
     asked = arguments()
-    runs = plan(asked.table, asked.seeds, [f"engine.device={asked.device}", f"output_dir={asked.runs}", *asked.set])
+    if any(word.lstrip("+").startswith("output_dir=") for word in asked.set):
+        raise UserError("--set output_dir=… would part the runs from the table: give the folder of the runs as --runs.")
+    planned = plan(asked.table, asked.seeds, [f"engine.device={asked.device}", *asked.set])
+    runs = [dataclasses.replace(run, output_dir=asked.runs) for run in planned]  # not an override: any path will do
     published = store.load(results_folder(asked.results)) if asked.reuse else None
     known = set() if published is None else set(published.runs.query("status == 'done'").run_id)
     done = {
@@ -103,10 +109,10 @@ def main() -> int:
 
 
 def one_thread(run: config.Run) -> config.Run:
-    """As all runs of a sweep on the CPU; the last one left too, as with more threads torch adds in another order."""
+    """Unless set, as of all runs of a sweep on the CPU; the last one left too: more threads add in another order."""
     if run.dataset.name in config.LARGE:
         return run
-    return dataclasses.replace(run, engine=dataclasses.replace(run.engine, threads=1))
+    return dataclasses.replace(run, engine=dataclasses.replace(run.engine, threads=run.engine.threads or 1))
 
 
 def render(asked: argparse.Namespace, published: store.Store | None) -> None:
@@ -114,10 +120,10 @@ def render(asked: argparse.Namespace, published: store.Store | None) -> None:
     from cbl.report import formats, page, tables
 
     held = store.read_folders([asked.runs] if Path(asked.runs).is_dir() else [])
-    for warning in held.warnings:
-        print(warning, file=sys.stderr)
     if published is not None:
         held = store.merge(published, held)
+    for warning in held.warnings:
+        print(warning, file=sys.stderr)
     table = tables.build(asked.table, held.runs)
     formats.show(table)
     written = formats.write(table, asked.out / "tables")

@@ -90,7 +90,9 @@ def test_there_and_back(flat: dict[str, Any]) -> None:
     assert again == run and config.to_mapping(again) == plain
     assert (config.run_id(again), config.cell(again)) == (config.run_id(run), config.cell(run))
     for key, value in flat.items():
-        if value is not None:  # None is replaced by what it stands for
+        # what may become another: None what it stands for, the seed of no draw 0, a path a shorter one
+        whole = key == "dataset.subset_seed" and run.dataset.imbalance_factor in (None, 1)
+        if value is not None and not whole and (key, run.dataset.name) != ("dataset.root", "folder"):
             assert config.flat(run)[key] == value
 
 
@@ -192,6 +194,14 @@ BAD = [
     ("engine.threads", 0, r"^engine.threads is 0, but"),
     ("engine.lanes", 0, r"^engine.lanes is 0, but"),
 ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("dataset.flip", False), ("dataset.shift", 2)])
+def test_augmentation_that_the_large_sets_do_not_have_is_refused(key: str, value: Any) -> None:
+    large = {"dataset.name": "imagenet", "dataset.imbalance_factor": None}
+    with pytest.raises(UserError, match=rf"^{key} is {str(value).lower()}, but .* leave it out\.$"):
+        made(large | {key: value})
+    assert config.from_mapping(config.to_mapping(made(large))) == made(large)  # what a record holds is taken
 
 
 @pytest.mark.parametrize(("key", "value", "message"), BAD)
@@ -330,6 +340,13 @@ def test_keys_that_do_not_apply_are_no_part_of_a_name() -> None:
     def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return config.run_id(made(a)) == config.run_id(made(b))
 
+    whole = [{"dataset.imbalance_factor": 1}, {"dataset.name": "folder", "dataset.imbalance_factor": None}]
+    for kept in whole:  # all images: runs of several seeds would be one run, averaged with itself
+        assert same(kept | {"dataset.subset_seed": 1}, kept)
+        assert made(kept | {"dataset.subset_seed": 1}).dataset.subset_seed == 0
+    assert not same(DIGITS | {"dataset.subset_seed": 1, "dataset.imbalance_factor": 1}, DIGITS)
+    folder = {"dataset.name": "folder", "dataset.root": "data/x"}
+    assert same(folder, folder | {"dataset.root": "./data/x/"})
     for kind in ("softmax", "sigmoid"):
         assert same({"loss.kind": kind, "loss.gamma": 2}, {"loss.kind": kind})
     assert same({"loss.reduction": "weight_sum"}, {})  # at beta 0 all weights are 1

@@ -392,7 +392,7 @@ def test_training_curves_show_evaluated_epochs():
     rows = [run(beta=beta, seed=seed) for beta in (0.0, 0.99) for seed in (0, 1)]
     curves = pd.DataFrame(
         [
-            (row["run_id"], epoch, 0, 0.1, 2 / epoch + row["seed"], None if epoch == 3 else 60 / epoch)
+            (row["run_id"], epoch, 0, 0.1, 2 / epoch + 9 * row["seed"], None if epoch == 3 else 60 / epoch)
             for row in rows
             for epoch in (1.0, 2.0, 3.0, 4.0)
         ],
@@ -401,7 +401,11 @@ def test_training_curves_show_evaluated_epochs():
     figure = figures.training_curves(frame(rows), curves)
     loss, error = figure.axes
     assert (loss.get_yscale(), error.get_yscale()) == ("log", "linear")
-    np.testing.assert_allclose(lines(loss)[figures.BETAS[0.0]].get_data(), [[1, 2, 4], [2.5, 1.5, 1.0]])
+    logs = np.log([[2, 1, 0.5], [11, 10, 9.5]])  # on its axis mean and band are of the logarithm: none reaches zero
+    mean, sd = logs.mean(axis=0), logs.std(axis=0, ddof=1)
+    np.testing.assert_allclose(lines(loss)[figures.BETAS[0.0]].get_data(), [[1, 2, 4], np.exp(mean)])
+    np.testing.assert_allclose(band(loss), np.exp([mean - sd, mean + sd]))
+    assert "geometric mean and sd" in loss.get_ylabel()
     np.testing.assert_allclose(lines(error)[figures.BETAS[0.99]].get_data(), [[1, 2, 4], [60, 30, 15]])
 
 
@@ -559,6 +563,17 @@ def test_script_draws_unpublished_runs_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["figures.py", "--runs", str(MINIATURE), "--out", str(tmp_path), "fig5"])
     script().main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fig5.png", "fig5.svg"]
+
+
+def test_script_leaves_published_figures_alone_when_it_draws_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = tmp_path / "results" / "figures" / "fig7.png"
+    published.parent.mkdir(parents=True)
+    published.touch()
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--runs", str(MINIATURE), "fig3", "fig7"])
+    script().main()
+    assert list(published.parent.iterdir()) == [published]
+    assert sorted(path.name for path in (tmp_path / "outputs/figures").iterdir()) == ["fig3.png", "fig3.svg"]
 
 
 def test_script_refuses_folders_that_will_not_do(tmp_path, monkeypatch):

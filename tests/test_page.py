@@ -163,6 +163,18 @@ def test_render_published_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "35.30 ± 0.30 (3)" in text
 
 
+def test_render_of_other_results_leaves_the_readme_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    empty = "<!-- results:begin --><!-- results:end -->"
+    Path("README.md").write_text(empty)
+    for results in ("other", "results"):
+        store.publish(store.read_folders([MINIATURE / "runs"]), results)
+    render(monkeypatch, "--results", "other", "--tables", "2")
+    assert Path("README.md").read_text() == empty
+    render(monkeypatch, "--tables", "2")
+    assert "35.30 ± 0.30 (3)" in Path("README.md").read_text(encoding="utf-8")
+
+
 def test_render_local_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("no results here")

@@ -9,21 +9,24 @@ import http.server
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cbl.data import index, prepare
+from cbl.data import index, prepare, streaming
 from cbl.data.prepare import archives, images
 from cbl.errors import UserError
 
@@ -326,6 +329,23 @@ def test_images_that_are_there_are_not_written_again_but_empty_ones_are(tmp_path
     assert empty.read_bytes() == mini.content[found["train"].paths[1]]
 
 
+def test_the_advice_for_a_damaged_image_brings_it_back(tmp_path):
+    mini = miniature(tmp_path / "archives", "inaturalist2018", size=(48, 30))
+    found = mini.prepare(tmp_path / "data", short_side=20)["train"]
+    path = found.images / found.paths[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:99])
+    loader = streaming.Loader(found, 16, workers=0, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"or set dataset\.on_damaged=skip\.$") as caught:
+        list(loader.evaluation(4))
+    advice = re.search(r"remove it and (\S+) and prepare the set again", str(caught.value))
+    path.unlink()
+    Path(advice[1]).unlink()
+    mini.prepare(tmp_path / "data", short_side=20)
+    assert path.read_bytes() == whole
+    assert sum(len(labels) for _, labels in loader.evaluation(4)) == len(found)
+
+
 def test_a_prepared_set_needs_its_archives_no_more(tmp_path):
     mini = miniature(tmp_path / "archives", "inaturalist2017")
     first = mini.prepare(tmp_path / "data")
@@ -348,6 +368,19 @@ def test_a_size_is_settled_by_the_first_image_and_not_before(tmp_path):
     mini = miniature(tmp_path / "archives", "inaturalist2018")
     with pytest.raises(UserError, match="cannot be prepared without"):
         prepare.prepare(mini.name, tmp_path / "data", published=mini.published)
+    mini.prepare(tmp_path / "data", short_side=12)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff"])
+def test_settings_that_cannot_be_read_are_one_sentence(tmp_path, content):
+    mini = miniature(tmp_path / "archives", "inaturalist2018")
+    mini.prepare(tmp_path / "data", short_side=12)
+    path = tmp_path / "data" / "inaturalist2018" / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path} cannot be read .*: remove it and prepare the set again") as caught:
+        mini.prepare(tmp_path / "data", short_side=12)
+    assert "\n" not in str(caught.value)
+    path.unlink()
     mini.prepare(tmp_path / "data", short_side=12)
 
 
@@ -467,14 +500,20 @@ def test_imagenet_is_never_downloaded(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def server(files: dict[str, bytes], cut: int = 0, ranges: bool = True):
-    """Serves `files`; closes each connection after `cut` bytes of content. Yields its address and what was asked."""
-    asked = []
+def server(files: dict[str, bytes], cut: int = 0, ranges: bool = True, busy: tuple[int, ...] = (), delay: float = 0):
+    """Serves `files`; closes each connection after `cut` bytes of content. Yields its address and what was asked.
+
+    The first requests are answered with the errors `busy`, each file after `delay` seconds.
+    """
+    asked, errors = [], list(busy)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             content = files.get(self.path.lstrip("/"))
             asked.append((self.path, self.headers.get("Range")))
+            if errors:
+                self.send_error(errors.pop(0))
+                return
             if content is None:
                 self.send_error(404)
                 return
@@ -490,6 +529,7 @@ def server(files: dict[str, bytes], cut: int = 0, ranges: bool = True):
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
+            time.sleep(delay)
             self.wfile.write(content[start : start + cut] if cut else content[start:])
 
         def log_message(self, *_):
@@ -556,6 +596,63 @@ def test_download_that_fails_is_one_sentence(tmp_path, at_once):
     nobody = served(mini, "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"could not be downloaded .*run the same command again, it goes on after"):
         prepare.prepare("inaturalist2017", tmp_path / "data", download=True, published=nobody)
+    with server({}, busy=(503,) * 5) as (address, asked):
+        with pytest.raises(UserError, match=r"could not be downloaded \(it answered 503 Service Unavailable\): check"):
+            prepare.prepare("inaturalist2017", tmp_path / "data", download=True, published=served(mini, address))
+        assert len(asked) == 5
+
+
+def test_a_server_that_is_busy_for_a_while_is_asked_again(tmp_path, at_once, capsys):
+    mini = miniature(tmp_path / "source", "inaturalist2017")
+    files = {path.name: path.read_bytes() for path in mini.folder.iterdir()}
+    with server(files, busy=(429, 500, 503)) as (address, _):
+        prepare.prepare("inaturalist2017", tmp_path / "data", download=True, published=served(mini, address))
+    assert "train_val_images.tar.gz: it answered 429 Too Many Requests; trying again." in capsys.readouterr().err
+
+
+def test_an_optional_archive_that_cannot_be_had_is_done_without(tmp_path, at_once, capsys):
+    mini = miniature(tmp_path / "source", "inaturalist2018")
+    files = {path.name: path.read_bytes() for path in mini.folder.iterdir()}
+    with server(files) as (address, asked):
+        found = prepare.prepare("inaturalist2018", tmp_path / "data", download=True, published=served(mini, address))
+    assert ("/categories.json.tar.gz", None) in asked
+    assert found["train"].class_names == ("species 0", "species 1", "species 2")
+    said = [line for line in capsys.readouterr().err.splitlines() if "categories.json.tar.gz" in line]
+    assert len(said) == 1 and "404" in said[0] and said[0].endswith("is optional: going on without it.")
+
+
+def test_two_roots_that_share_their_archives_download_them_once(tmp_path, capsys):
+    mini = miniature(tmp_path / "source", "inaturalist2017")
+    files = {path.name: path.read_bytes() for path in mini.folder.iterdir()}
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for name, content in files.items():
+        (shared / f"{name}.part").write_bytes(content[:100])
+    errors = []
+
+    def work(root: Path) -> None:
+        try:
+            prepare.prepare(mini.name, root, archive_folder=shared, download=True, published=published)
+        except Exception as error:
+            errors.append(error)
+
+    with server(files, delay=0.3) as (address, asked):
+        published = served(mini, address)
+        # flock tells two openings of a file apart, so threads exclude each other as processes do
+        threads = [threading.Thread(target=work, args=(tmp_path / name,)) for name in ("one", "two")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors and sorted(asked) == sorted((f"/{name}", "bytes=100-") for name in files)
+    assert {name: (shared / name).read_bytes() for name in files} == files
+    assert capsys.readouterr().err.count("Waiting for another process that is downloading the same files.\n") >= 1
+
+
+def test_archives_that_cannot_be_put_anywhere_are_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file cannot be written to .*: choose another folder"):
+        prepare.prepare("inaturalist2017", tmp_path / "data", archive_folder=tmp_path / "file", download=True)
 
 
 # What is wrong with the archives
@@ -683,6 +780,14 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
 
 
 # The index
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append("synced") or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("renamed") or replace(*names))
+    index.write_whole(tmp_path / "x", b"content")
+    assert done == ["synced", "renamed"] and (tmp_path / "x").read_bytes() == b"content"
 
 
 def test_index_comes_back_as_it_was_written(tmp_path):

@@ -96,6 +96,12 @@ def test_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
         assert mine and not again  # nor twice in one process
 
 
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt.123.tmp").touch()
+    with records.lock(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (

@@ -1,6 +1,7 @@
 """The planner: which runs a table needs, against the paper's cells; interrupted, on a budget, with published runs."""
 
 import argparse
+import dataclasses
 import os
 import random
 import signal
@@ -15,6 +16,8 @@ import pytest
 import reproduce_table
 
 from cbl import config, records, store
+from cbl.engine import resident
+from cbl.errors import UserError
 from cbl.report import paper, tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,6 +195,46 @@ def test_a_wrong_argument_is_one_sentence(tmp_path: Path) -> None:
         [sys.executable, "scripts/reproduce_table.py", "--set", "loss.bta=1"], cwd=ROOT, capture_output=True, text=True
     )
     assert ended.returncode == 2 and ended.stderr == "Unknown key 'loss.bta'; did you mean 'loss.beta'?\n"
+
+
+def test_any_path_will_do_for_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no text of Hydra's grammar."""
+    runs = tmp_path / "ü, (1) k=v {a}"
+    [run] = [run for run in reproduce_table.plan("digits", [0]) if run.loss.kind == "softmax" and not run.loss.beta]
+    record = records.new_record(run) | {"status": "failed", "failure": "made up"}
+    (runs / config.run_id(run)).mkdir(parents=True)
+    records.write_record(runs / config.run_id(run), record)
+    (runs / "digits_lt").mkdir()
+    monkeypatch.setattr(sys, "argv", ["", "--dry", "--seeds", "0", "--runs", str(runs)])
+    assert reproduce_table.main() == 0
+    assert "25 runs: 0 done, 0 half done, 1 failed before, 24 not begun." in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["", "--dry", "--set", f"output_dir={tmp_path}"])
+    with pytest.raises(UserError, match="as --runs"):
+        reproduce_table.main()
+
+
+def test_a_record_that_cannot_be_read_stops_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = reproduce_table.plan("digits", [0])[:2]
+    runs = [dataclasses.replace(run, output_dir=str(tmp_path)) for run in planned]
+    for run in runs:
+        folder = records.folder_of(run)
+        folder.mkdir()
+        (folder / "result.json").write_text("{")
+    (records.folder_of(runs[0]) / "done").touch()
+    reproduce_table.say_plan(runs[1:], set())
+    assert "1 failed before" in capsys.readouterr().out
+    short = [dataclasses.replace(run, engine=dataclasses.replace(run.engine, max_steps=1)) for run in runs[1:]]
+    ended = resident.train([runs[0], *short])
+    assert [record["status"] for record in ended] == ["failed", "done"]
+    assert "cannot be read" in ended[0]["failure"]
+
+
+def test_threads_that_were_asked_for_are_kept() -> None:
+    run = config.Run(engine=config.Engine(threads=2))
+    assert reproduce_table.one_thread(run) == run
+    assert reproduce_table.one_thread(config.Run()).engine.threads == 1
 
 
 def test_wrong_folders_are_refused_before_anything_is_trained(tmp_path: Path) -> None:

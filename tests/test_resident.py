@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 
-from cbl import class_balanced_weights, config, data, records
+from cbl import class_balanced_weights, config, data, records, tracking
 from cbl.engine import evaluate, processes, recipe, resident
 from cbl.engine.job import choose_device, prepare
 from cbl.engine.progress import Display
@@ -257,6 +257,13 @@ def test_failures_are_recorded_and_leave_the_others_alone(tmp_path: Path) -> Non
     assert records.read_record(records.folder_of(diverging))["status"] == "failed"
     assert not records.is_done(records.folder_of(diverging))
     assert not records.folder_of(empty).exists()  # refused before anything was written
+
+
+def test_a_page_says_why_its_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[dict[str, Any]] = []
+    monkeypatch.setattr(tracking.Tracker, "finish", lambda self, record: closed.append(dict(record)))
+    [ended] = resident.train([digits(tmp_path, recipe__learning_rate=1e30)])
+    assert [page["failure"] for page in closed] == [ended["failure"]] and "The loss became" in ended["failure"]
 
 
 def test_spawned_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,13 @@ def test_record_of_wrong_values_is_skipped(tmp_path):
     assert names(found) == [] and "error_last = 'low'" in found.warnings[0]
 
 
+def test_record_of_an_unknown_status_is_skipped(tmp_path):
+    folder = shutil.copytree(RUNS / TWICE, tmp_path / TWICE)
+    records.write_record(folder, records.read_record(folder) | {"status": "finished"})
+    found = store.read_folders([tmp_path])
+    assert names(found) == [] and "status = 'finished'" in found.warnings[0]
+
+
 def test_run_without_its_marker_is_not_done(tmp_path):
     folder = shutil.copytree(RUNS / TWICE, tmp_path / TWICE)
     (folder / "done").unlink()
@@ -164,6 +171,26 @@ def test_done_beats_not_done_from_either_side():
         assert status(both, UNDER_WAY) == "done"
         assert both.curves.query("run_id == @UNDER_WAY")["epoch"].max() == 200
         assert len(both.per_class.query("run_id == @UNDER_WAY")) == 10
+
+
+def again(**changes) -> store.Store:
+    """The failed run of the miniature, read once more."""
+    mine = ALL.runs[ALL.runs["run_id"] == FAILED].assign(**changes)
+    return store.Store(mine, ALL.per_class, ALL.curves.assign(lr=0.5))
+
+
+def test_failed_beats_under_way_from_either_side():
+    under_way = again(status="running", failure="", device="other")
+    for both in (store.merge(ALL, under_way), store.merge(under_way, ALL)):
+        for got, kept in ((both.runs, ALL.runs), (both.curves, ALL.curves)):
+            assert got.query("run_id == @FAILED").to_csv() == kept.query("run_id == @FAILED").to_csv()
+
+
+def test_a_newer_failure_takes_what_it_leaves_blank_from_the_older():
+    both = store.merge(ALL, again(failure="", steps=pd.NA, device="other"))
+    row, old = (found.runs.set_index("run_id").loc[FAILED] for found in (both, ALL))
+    assert row["device"] == "other" and (row["failure"], row["steps"]) == (old["failure"], old["steps"])
+    assert store.merge(ALL, again(failure="another")).runs.set_index("run_id").loc[FAILED, "failure"] == "another"
 
 
 def test_same_training_read_again_fills_what_an_older_file_lacked():
@@ -238,6 +265,14 @@ def test_published_again_nothing_moves(tmp_path):
     again = store.publish(ALL, tmp_path)
     assert (again.added, again.changed, again.kept) == (0, 0, len(ALL.runs) - 1)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    store.publish(ALL, tmp_path)
+    before = published(tmp_path)
+    (tmp_path / "runs.csv.123.tmp").write_text("run_")
+    store.publish(ALL, tmp_path)
+    assert published(tmp_path) == before
 
 
 def test_a_new_run_is_one_new_line(tmp_path):

@@ -150,11 +150,11 @@ def by_two_processes(prepared: Path) -> list[dict[str, torch.Tensor]]:
     return torch.load(out, weights_only=True)
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode == 0) == succeeds, done.stderr
     return done
 
 
@@ -322,6 +322,14 @@ def test_every_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatc
             assert distributed.cores() == expected
 
 
+def test_cores_are_counted_where_affinity_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(distributed.os, "sched_getaffinity", raising=False)  # as on macOS
+    monkeypatch.setattr(distributed.os, "cpu_count", lambda: 6)
+    for name in ("LOCAL_WORLD_SIZE", "SUBMITIT_EXECUTOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.cores() == 6
+
+
 @pytest.mark.gpu
 def test_memory_of_an_image_is_recorded_on_a_gpu(prepared: Path, tmp_path: Path) -> None:
     run = settings(prepared, tmp_path, engine__device="cuda", engine__dtype="bf16")
@@ -456,6 +464,27 @@ def test_what_several_processes_cannot_have(prepared: Path, tmp_path: Path, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"engine.device is 'cuda:1', but 2 processes train together"):
         distributed.join(config.Engine(device="cuda:1"))
+
+
+def test_the_record_says_why_a_process_that_does_not_lead_failed(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    (tmp_path / "inaturalist2018/images/val5.jpg").write_bytes(b"not a JPEG")  # every other one is the second's
+    run = settings(tmp_path, tmp_path / "runs")
+    torchrun("scripts/train.py", *overrides(run), succeeds=False)
+    record = records.read_record(records.folder_of(run))
+    assert record["status"] == "failed" and record["n_train"] == 48
+    assert record["failure"].startswith("Process 1: ") and "val5.jpg" in record["failure"]
+
+
+def test_images_prepared_too_small_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(tmp_path)
+    path = tmp_path / "inaturalist2018/prepared.json"
+    told = []
+    for side in (17, 18, None):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"short_side": side}))
+        streaming.train(settings(tmp_path, tmp_path / f"runs{side}", engine__max_steps=1))
+        told.append("a short side of 17 pixels: those of 16 are cut from 18" in capsys.readouterr().err)
+    assert told == [True, False, False]
 
 
 def test_a_damaged_image_is_named_or_skipped(tmp_path: Path) -> None:

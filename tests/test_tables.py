@@ -439,6 +439,12 @@ def test_latex_is_balanced_ascii(table: Table) -> None:
         assert len({len(re.findall(r"(?<!\\)&", line)) for line in body.strip().split("\n")}) == 1
 
 
+def test_latex_counts_pairs_where_a_cell_is_of_pairs(made: Any) -> None:
+    ends = [(run("cifar10_lt", 50, "softmax", beta, seed), 20.0) for beta in (0.0, 0.9) for seed in (0, 1, 2)]
+    errors, gains, _ = formats.latex(tables.build("grid10", made(*ends))).split(r"\end{table}")[:3]
+    assert "3 runs in each cell" in errors and "3 pairs in each cell" in gains
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 def test_latex_compiles(miniature: pd.DataFrame, tmp_path: Path) -> None:
     names = [path for name in tables.NAMES for path in formats.write(tables.build(name, miniature), tmp_path)]

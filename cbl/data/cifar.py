@@ -200,7 +200,7 @@ def _fetch(archive: Archive, root: Path) -> None:
     beside = root / f".{archive.folder}.download"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{archive.folder}.lock"):
+        with locked(root / f".{archive.folder}.lock"):
             if not (missing := _missing(archive, root)):
                 return
             shutil.rmtree(beside, ignore_errors=True)
@@ -221,7 +221,7 @@ def _fetch(archive: Archive, root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Alone in this block among all processes; the lock goes with the process, however it ends."""
     with open(path, "w") as handle:
         try:

@@ -134,7 +134,10 @@ def prepared(folder: Path) -> dict[str, Any] | None:
 def write_whole(path: Path, content: bytes) -> None:
     """Whole or not at all: written beside and renamed, so that no reader and no kill sees half a file."""
     beside = path.with_name(f".{path.name}.part")
-    beside.write_bytes(content)
+    with open(beside, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())  # or a power failure after the rename leaves an empty file
     os.replace(beside, path)
 
 

@@ -333,8 +333,8 @@ class Loader:
         path = self.index.images / request.path
         if self._refuse:
             raise UserError(
-                f"{path} cannot be read as an image ({reason}): put it right by removing it and preparing the set "
-                "again, or skip damaged images."
+                f"{path} cannot be read as an image ({reason}): remove it and {self.index.folder / 'prepared.json'} "
+                "and prepare the set again, or set dataset.on_damaged=skip."
             )
         if request.path not in self.damaged:
             self.damaged[request.path] = reason

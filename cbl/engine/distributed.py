@@ -93,7 +93,7 @@ def fall_out() -> None:
 
 def cores() -> int:
     """CPU cores for this process: its own as a Slurm task, else its share of the machine's; 1 or more."""
-    usable = len(os.sched_getaffinity(0))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "SUBMITIT_EXECUTOR" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
         return min(usable, int(os.environ["SLURM_CPUS_PER_TASK"]))
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -44,7 +44,10 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
     try:
         for number, run in enumerate(runs):
             if records.is_done(folder := records.folder_of(run)):
-                end(number, records.read_record(folder) | {"skipped": "done before"})
+                try:
+                    end(number, records.read_record(folder) | {"skipped": "done before"})
+                except UserError as error:  # it cannot be read
+                    end(number, records.new_record(run) | _failure(error))
         waiting = [number for number in range(len(runs)) if number not in ended]
         left = [runs[number] for number in waiting]
         if left and (workers := processes.count(runs)) > 1:  # by all: the last one left takes one thread too
@@ -104,13 +107,12 @@ def journey(run: config.Run, display: Display, lanes: int, deadline: float) -> J
                 return record | {"skipped": "another process is training it"}
             if records.is_done(folder):  # by another process, a moment ago
                 return records.read_record(folder) | {"skipped": "done before"}
-            for half_written in folder.glob("*.tmp"):
-                half_written.unlink()
             record |= job.facts | {"lanes": lanes}
             try:
                 yield from live(run, job, record, folder, display, deadline)
             except Exception as error:
-                record |= _failure(error)
+                if record["status"] != "failed":  # it came before the training
+                    record |= _failure(error)
                 records.write_record(folder, record)
             return record
     except Exception as error:
@@ -153,8 +155,8 @@ def live(
         if record["status"] == "done":
             (folder / "done").touch()
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-    except Exception:
-        record["status"] = "failed"  # for W&B's page
+    except Exception as error:
+        record |= _failure(error)  # before W&B's page is closed, which says it too
         raise
     finally:
         line.close()

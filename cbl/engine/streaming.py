@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import sys
 import time
 import traceback
@@ -56,13 +57,25 @@ def train(run: config.Run, deadline: float = math.inf) -> dict[str, Any]:
             if not expected:
                 traceback.print_exc()  # a defect of ours: all of it
             record |= {"status": "failed", "failure": str(error) if expected else repr(error)}
-            if leads and "n_train" in record:  # it came with the lock: before, the folder may be another process's
-                records.write_record(folder, record)
             if not leads:
-                print(f"Process {distributed.rank()}: {record['failure']}", file=sys.stderr)
+                record["failure"] = f"Process {distributed.rank()}: {record['failure']}"
+                print(record["failure"], file=sys.stderr)
+            if "n_train" in record:  # it came with the lock: before, the folder may be another process's
+                _write_failure(folder, record, leads, expected)
             distributed.fall_out()
         display.end(_closing_line(record))
     return record
+
+
+def _write_failure(folder: Path, record: dict[str, Any], leads: bool, expected: bool) -> None:
+    """Of several processes the first to fail says why, be it the leading one or not: the others only lose it."""
+    kept = records.read_record(folder) if (folder / "result.json").exists() else {}
+    if leads:
+        if kept.get("status") == "failed" and not expected and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            record["failure"] = kept["failure"]
+        records.write_record(folder, record)
+    elif kept.get("status") == "running":
+        records.write_record(folder, kept | {key: record[key] for key in ("status", "failure")})
 
 
 def journey(
@@ -428,6 +441,12 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
     display.say(
         f"{len(counts):,} classes, {job.facts['n_train']:,} training and {job.facts['n_test']:,} validation images"
     )
+    facts, size = index.prepared(Path(run.dataset.root) / run.dataset.name) or {}, run.dataset.image_size
+    if (side := facts.get("short_side")) and side < (whole := size + round(size / 7)):
+        display.say(
+            f"The images were prepared with a short side of {side} pixels: those of {size} are cut from {whole}, to "
+            f"which they are enlarged. make data RESIZE={whole} under another root has them whole."
+        )
     display.say(f"largest class {counts[head]:,} images, weight {weights[head]:.4f}")
     display.say(f"smallest class {counts[tail]:,} images, weight {weights[tail]:.4f}")
     if job.step.image_bytes is not None:

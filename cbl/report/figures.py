@@ -357,7 +357,7 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     """Training loss and test error over the epochs, with and without class balancing; a row for each data set.
 
     At the imbalance factor and with the loss that `_shown` says. The loss is the weighted one that is trained on: of
-    different β it is different things.
+    different β it is different things. Its axis is logarithmic, and so are its mean and standard deviation.
     """
     curves = curves[curves["test_error"].notna()]
     shown = _shown(runs, curves)
@@ -368,11 +368,11 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     for part, (base, runs_of) in zip(parts, shown, strict=True):
         part.suptitle(_shown_title(base, runs_of), fontsize=8)
         left, right = part.subplots(1, 2)
+        left.set(yscale="log", ylabel="training loss, weighted\n(geometric mean and sd)")
         for beta, rows_of_runs in runs_of.items():
             for ax, column in ((left, "train_loss"), (right, "test_error")):
                 _over_epochs(ax, curves, rows_of_runs, column, color=BETAS[beta])
                 ax.set_xlabel("epoch")
-        left.set(yscale="log", ylabel="training loss, weighted")
         right.set_ylabel("test error, %")
     _beta_legend(figure, shown)
     return figure
@@ -597,18 +597,25 @@ def _fullest(factors: Iterable[float | None]) -> float | None:
 def _banded(ax: Axes, x: Sequence[float], values: np.ndarray, **look: Any) -> None:
     """Line at the mean of values (n, points) over the runs, NaN left out; band of one sd (n - 1) to each side.
 
-    A point that no band reaches, its neighbours having no spread, gets a whisker instead.
+    On a log axis both are of the logarithm: a band around the plain mean can reach below zero. A point that no band
+    reaches, its neighbours having no spread, gets a whisker instead.
     """
+    log = ax.get_yscale() == "log"
     present = np.ma.masked_invalid(values)
+    present = np.ma.log(present) if log else present
     mean = present.mean(axis=0).filled(np.nan)
     sd = present.std(axis=0, ddof=1).filled(np.nan) if len(values) > 1 else np.full_like(mean, np.nan)
+    low, high = mean - sd, mean + sd
+    if log:
+        mean, low, high = np.exp([mean, low, high])
     ax.plot(x, mean, **look)
     if np.isfinite(sd).any():
-        ax.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+        ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         spread = np.pad(np.isfinite(sd), 1)
         alone = spread[1:-1] & ~spread[:-2] & ~spread[2:]
         if alone.any():
-            ax.errorbar(np.asarray(x)[alone], mean[alone], sd[alone], fmt="none", ecolor=look["color"], alpha=0.5)
+            whiskers = (mean - low)[alone], (high - mean)[alone]
+            ax.errorbar(np.asarray(x)[alone], mean[alone], whiskers, fmt="none", ecolor=look["color"], alpha=0.5)
 
 
 def _over_epochs(ax: Axes, curves: pd.DataFrame, rows: Sequence[Row], column: str, **look: Any) -> None:

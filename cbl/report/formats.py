@@ -52,7 +52,7 @@ def ours_text(cell: Cell) -> str:
 
 
 def common_n(panel: Panel) -> int | None:
-    """The number of runs behind every cell that has any, if it is the same."""
+    """The number of runs, or pairs of them, behind every cell that has any, if it is the same."""
     found = {len(cell.values) for cell in panel.cells() if cell.values and cell.kind != "count"}
     return found.pop() if len(found) == 1 else None
 
@@ -193,7 +193,8 @@ def latex(table: Table) -> str:
         sides = _sides(panel)
         columns = len(panel.columns) * len(sides)
         n = common_n(panel)
-        said = f" {plural(n, 'run')} in each cell." if n else ""
+        counted = "pair" if kinds(panel.cells()) <= {"gain", "difference"} else "run"
+        said = f" {plural(n, counted)} in each cell." if n else ""
         caption = f"{table.title}. {panel.title}.{said} {table.caption} {table.legend}"
         lines += ["", r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}"]
         lines.append(r"\resizebox{\ifdim\width>\linewidth \linewidth\else\width\fi}{!}{%")  # wide ones shrink

@@ -263,11 +263,10 @@ def _commands(built: Mapping[str, Table]) -> list[str]:
         if name != "2":
             continue
         for loss, label in LABELS.items():
-            command = (
-                f"python scripts/train.py -m sweep=imbalance dataset=cifar10_lt,cifar100_lt loss={loss} seed=0,1,2"
-            )
+            command = f"python scripts/train.py -m sweep=imbalance dataset=cifar10_lt,cifar100_lt loss={loss}"
             if loss == "class_balanced":
-                command = "python scripts/train.py -m 'experiment=glob(table2_*)' seed=0,1,2"
+                command = "python scripts/train.py -m 'experiment=glob(table2_*)'"
+            command += f" seed={','.join(map(str, table.seeds or (0, 1, 2)))}"
             if table.dtype not in ("", "fp32"):
                 command += f" engine.dtype={table.dtype}"
             rows = [cells for panel in table.panels[:2] for words, cells in panel.rows if words == label]

@@ -153,7 +153,13 @@ def _check_counts(published: Published, found: dict[str, int], classes: int) -> 
 def _check_settings(folder: Path, settings: dict[str, int | None]) -> None:
     """One folder holds images of one size: what an earlier call began is gone on with, or refused."""
     path = folder / "settings.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove it and prepare the set again with the same size as before, or "
+            f"remove {folder} if that is not known."
+        ) from None
     if before != settings:
         was, asked = (
             f"resized to a short side of {s['short_side']}" if s["short_side"] else "not resized"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from cbl.data.cifar import locked
 from cbl.errors import UserError
 
 _CHUNK = 4 << 20  # bytes
@@ -38,18 +39,15 @@ class Archive:
 
 
 def ensure(title: str, archives: Sequence[Archive], folder: Path, download: bool, terms: str) -> None:
-    """All of `archives` are in `folder` and have their md5; fetches them with `download`.
+    """All of `archives` are in `folder` and have their md5; fetches them with `download`. Optional ones may be missing.
 
     Otherwise lists what is missing, how big it is and where it is to be had, and raises `UserError`.
     """
     missing = [archive for archive in archives if not (folder / archive.name).is_file()]
     if download and not any(archive.account for archive in missing):
-        folder.mkdir(parents=True, exist_ok=True)
         if missing:
             _tell(f"{title} is {terms}.")
-        for archive in missing:
-            _download(archive, folder)
-        missing = []
+        missing = [archive for archive in missing if not _fetched(archive, folder)]
     needed = [archive for archive in missing if not archive.optional]
     if needed:
         _tell(f"{title} ({terms}) is to be downloaded into {folder}:")
@@ -165,6 +163,23 @@ def _md5() -> "hashlib._Hash":
     return hashlib.md5(usedforsecurity=False)  # the published sums are md5; hardened systems allow it only like this
 
 
+def _fetched(archive: Archive, folder: Path) -> bool:
+    """Downloads the archive unless another process does so meanwhile; False for an optional one that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f".{archive.name}.lock"):  # preparations under other roots write the same file
+            if not (folder / archive.name).is_file():
+                _download(archive, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another folder.") from None
+    except UserError as error:
+        if not archive.optional:
+            raise
+        _tell(f"{error} {archive.name} is optional: going on without it.")
+        return False
+    return True
+
+
 def _download(archive: Archive, folder: Path) -> None:
     """Fetches into `<name>.part`, going on where an earlier attempt, or process, stopped; renamed when it is whole."""
     part = folder / f"{archive.name}.part"
@@ -176,9 +191,11 @@ def _download(archive: Archive, folder: Path) -> None:
                 break
             reason = "the connection was closed early"
         except urllib.error.HTTPError as error:
-            raise UserError(
-                f"{archive.url} answered {error.code} {error.reason}: download it by other means into {folder}."
-            ) from None
+            if error.code != 429 and error.code < 500:  # 429 and 5xx pass with time
+                raise UserError(
+                    f"{archive.url} answered {error.code} {error.reason}: download it by other means into {folder}."
+                ) from None
+            reason = f"it answered {error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
         failed = 1 if _size(part) > before else failed + 1
