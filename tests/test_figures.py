@@ -409,6 +409,23 @@ def test_training_curves_show_evaluated_epochs():
     np.testing.assert_allclose(lines(error)[figures.BETAS[0.99]].get_data(), [[1, 2, 4], [60, 30, 15]])
 
 
+def test_three_seeds_are_shown_rather_than_one_at_imbalance_factor_100():
+    rows = [run(beta=beta) for beta in (0.0, 0.99)]
+    rows += [run(beta=beta, factor=200.0, seed=seed) for beta in (0.0, 0.99) for seed in (0, 1, 2)]
+    curves = pd.DataFrame({"run_id": [row["run_id"] for row in rows]})
+    assert [base.imbalance_factor for base, _ in figures._shown(frame(rows), curves)] == [200]
+    alike = [row for row in rows if row["seed"] == 0]
+    assert [base.imbalance_factor for base, _ in figures._shown(frame(alike), curves)] == [100]
+
+
+def test_the_published_training_curves_are_those_that_the_readme_speaks_of():
+    published = store.load(ROOT / "results")
+    shown = {base.dataset: base for base, _ in figures._shown(published.runs, published.curves)}
+    assert (shown["cifar10_lt"].imbalance_factor, shown["cifar10_lt"].loss) == (200, "softmax")
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "CIFAR-10 at imbalance factor 200 shows why" in said and "`results/figures/training_curves.png`" in said
+
+
 def test_moved_drops_part_from_the_official_run():
     def moved(epoch, seed, **changes):
         recipe = {"milestones": [float(epoch)], "epochs": epoch + 20}

@@ -570,8 +570,8 @@ def _series(found: Done) -> dict[Setting, Series]:
 def _shown(runs: pd.DataFrame, details: pd.DataFrame) -> list[tuple[Setting, Series]]:
     """Of each data set the imbalance factor and loss with runs at β 0 and at most other β; their runs by β.
 
-    Among equals imbalance factor 100, then the largest, then the first of `LOSSES`. Runs that `details` lacks (its
-    column run_id) are not counted.
+    Among equals the most runs, then imbalance factor 100, the largest, and the first of `LOSSES`. Runs that `details`
+    lacks (its column run_id) are not counted.
     """
     known = set(details["run_id"])
     shown = []
@@ -580,8 +580,8 @@ def _shown(runs: pd.DataFrame, details: pd.DataFrame) -> list[tuple[Setting, Ser
         series = _series({setting: rows for setting, rows in found.items() if rows})
         series = {base: runs_of for base, runs_of in series.items() if len(runs_of) > 1 and 0.0 in runs_of}
         if series:
-            most = max(map(len, series.values()))
-            bases = [base for base, runs_of in series.items() if len(runs_of) == most]
+            size = {base: (len(runs_of), sum(map(len, runs_of.values()))) for base, runs_of in series.items()}
+            bases = [base for base in series if size[base] == max(size.values())]
             factor = _fullest(base.imbalance_factor for base in bases)
             base = next(base for loss in LOSSES for base in bases if base[1:4] == (factor, *loss))
             shown.append((base, series[base]))
