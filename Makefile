@@ -51,10 +51,10 @@ notebooks: setup ## notebooks/ executed to HTML in outputs/notebooks
 figures: setup ## results/figures, from results/
 	$(RUN) scripts/figures.py
 
-bench: setup ## how fast training, loading and the ResNet-50 step are here: a page in results/bench
-	$(RUN) scripts/benchmark.py
+bench: setup ## how fast training, loading and the ResNet-50 step are here: a page in results/bench: BUDGET=s
+	$(RUN) scripts/benchmark.py $(if $(BUDGET),--budget $(BUDGET))
 
-tune: setup ## the fastest tiles of engine.fused's kernels on this GPU, to paste: LANES=1
-	$(RUN) scripts/tune.py --lanes $(or $(LANES),1)
+tune: setup ## the fastest tiles of engine.fused's kernels on this GPU, to paste: LANES=1 BUDGET=s
+	$(RUN) scripts/tune.py --lanes $(or $(LANES),1) $(if $(BUDGET),--budget $(BUDGET))
 
 .PHONY: help setup test lint reproduce-table data collect tables figures notebooks bench tune

@@ -15,8 +15,8 @@ An image counts when it has gone through augmentation, forward, loss, backward a
 augmented by the loader. What is compared takes turns (A B C A B C ...), the first turn of each warms up and does not
 count, and the median of the others is reported. Images are made up. Writes <device>-<date>.json and, made of it, .md,
 .png and .svg; a workload alone has its name in theirs. Until then the rows so far are in rows.partial. Interrupted, by
-Ctrl-C or SIGTERM, it writes <device>-<date>-interrupted of what it has, and what is left out is named there. Where a
-command is killed after ten minutes, --budget 480 leaves time to write.
+Ctrl-C or SIGTERM, it writes <device>-<date>-interrupted of what it has, and what is left out is named there. Where
+commands are killed after some minutes, keep --budget below that.
 """
 
 import argparse
