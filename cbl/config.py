@@ -276,8 +276,9 @@ def _resolve(run: Run) -> Run:
     digits = run.dataset.name == "digits_lt"
     shift = (1 if digits else 4) if run.dataset.shift is None else run.dataset.shift
     flip = (not digits) if run.dataset.flip is None else run.dataset.flip
-    # else all images are kept, whatever the seed: several would be so many copies of one run
-    drawn = run.dataset.imbalance_factor not in ((None, 1.0) if run.dataset.name.startswith("cifar") else (None,))
+    # all images are kept, whatever the seed: several would be so many copies of one run
+    factor = run.dataset.imbalance_factor
+    whole = factor is None or (factor == 1 and run.dataset.name.startswith("cifar"))
     drop = run.recipe.drop
     if drop is None:
         drop = 0.1 if run.dataset.imbalance_factor == 1 or run.dataset.name in LARGE else 0.01
@@ -288,7 +289,7 @@ def _resolve(run: Run) -> Run:
             run.dataset,
             shift=shift,
             flip=flip,
-            subset_seed=run.dataset.subset_seed if drawn else 0,
+            subset_seed=0 if whole else run.dataset.subset_seed,
             # part of the name: one, however it is spelled
             root=os.path.normpath(run.dataset.root) if run.dataset.name == "folder" else run.dataset.root,
         ),

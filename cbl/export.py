@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cbl import config, data, records
-from cbl.data import augment, index
+from cbl import config, data, disk, records
+from cbl.data import augment
 from cbl.errors import UserError
 from cbl.models import resnet_cifar, resnet_imagenet
 
@@ -94,7 +94,7 @@ def write(folder: Path, out: Path, data_root: str | None = None) -> dict[str, An
                 raise UserError(f"{out / name} is there already and is another: remove it, or choose another folder.")
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            index.write_whole(out / name, content)
+            disk.write(out / name, content)
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}): choose another folder.") from None
     return facts

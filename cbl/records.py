@@ -18,14 +18,13 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cbl import config
+from cbl import config, disk
 from cbl.errors import UserError
 
 # The columns of runs.csv, in order: type as pandas reads it back, and what it says.
@@ -99,24 +98,10 @@ def lock(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside and renamed, so that no reader and no kill sees half a file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Replaces `result.json`: the columns of runs.csv first, in their order."""
     ordered = {name: record[name] for name in COLUMNS if name in record} | record
-    write_text(folder / "result.json", json.dumps(_without_nan(ordered), indent=1, allow_nan=False) + "\n")
+    disk.write(folder / "result.json", json.dumps(_without_nan(ordered), indent=1, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -165,7 +150,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def rewind_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
     """Drops the rows after `step` (they will be trained again) and returns the others."""
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    disk.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

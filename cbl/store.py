@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from cbl import records, tracking
+from cbl import disk, records, tracking
 from cbl.errors import UserError
 
 RUNS = {name: kind for name, (kind, _) in records.COLUMNS.items()}
@@ -379,4 +379,4 @@ def _text(value: Any) -> str:
 
 def _write(path: Path, text: str) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
-        records.write_text(path, text)
+        disk.write(path, text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from command_line import output_folder, results_folder
 
-from cbl import records, store
+from cbl import disk, store
 from cbl.errors import UserError
 from cbl.report import formats, page, readme, tables
 
@@ -30,11 +30,11 @@ def main() -> None:
     folder = output_folder(asked.results / "tables" if published else asked.out or Path("outputs/tables"))
     written = [path for name in asked.tables for path in formats.write(built[name], folder)]
     written.append((asked.results if published else folder) / "index.html")
-    records.write_text(written[-1], page.page(built, found.runs, None if asked.runs else asked.results / "figures"))
+    disk.write(written[-1], page.page(built, found.runs, None if asked.runs else asked.results / "figures"))
     renewed = asked.readme or (README if asked.results == RESULTS else None)
     if published and renewed and renewed.exists():
         old = renewed.read_text(encoding="utf-8")
-        records.write_text(renewed, readme.replace_block(old, readme.block(found.runs)))
+        disk.write(renewed, readme.replace_block(old, readme.block(found.runs)))
         written.append(renewed)
     print("\n".join(map(str, written)))
 

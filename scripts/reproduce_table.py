@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from cbl import config, records, store
+from cbl import config, disk, records, store
 from cbl.errors import UserError
 from hydra_plugins.cbl_launcher import compose_jobs, exit_status, train
 
@@ -128,7 +128,7 @@ def render(asked: argparse.Namespace, published: store.Store | None) -> None:
     formats.show(table)
     written = formats.write(table, asked.out / "tables")
     html = asked.out / f"{written[0].stem}.html"
-    records.write_text(html, page.page({asked.table: table}, held.runs))
+    disk.write(html, page.page({asked.table: table}, held.runs))
     print("Written:", *written, html)
 
 

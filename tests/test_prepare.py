@@ -782,14 +782,6 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
 # The index
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: done.append("synced") or fsync(handle))
-    monkeypatch.setattr(os, "replace", lambda *names: done.append("renamed") or replace(*names))
-    index.write_whole(tmp_path / "x", b"content")
-    assert done == ["synced", "renamed"] and (tmp_path / "x").read_bytes() == b"content"
-
-
 def test_index_comes_back_as_it_was_written(tmp_path):
     paths = ['a,b/"c".jpg', "ünïcode/2.jpg", "x/3 4.jpg"]
     folder = tmp_path / "imagenet"

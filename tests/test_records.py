@@ -1,68 +1,22 @@
 """A run's folder: what a kill, a torn line, a second process or a damaged file does to it."""
 
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cbl import config, records
 from cbl.errors import UserError
 
 FORK = multiprocessing.get_context("fork")  # other processes, and quickly there
-
-# -- written whole or not at all ---------------------------------------------------------------------------------------
-
-
-def write_on_and_on(path: Path) -> None:
-    for number in itertools.count():
-        records.write_text(path, f"{number}\n" * 20_000)
-
-
-def test_a_kill_leaves_the_old_text_or_the_new(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    records.write_text(path, "0\n" * 20_000)
-    for wait in np.linspace(0.01, 0.05, 10):
-        writer = FORK.Process(target=write_on_and_on, args=(path,))
-        writer.start()
-        time.sleep(wait)
-        writer.kill()
-        writer.join()
-        assert writer.exitcode == -signal.SIGKILL
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) == 20_000 and len(set(lines)) == 1
-
-
-@pytest.mark.parametrize("failing", ["replace", "fsync"])
-def test_a_failure_leaves_the_old_text_and_nothing_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    path = tmp_path / "result.json"
-    records.write_text(path, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="disk full"):
-        records.write_text(path, "new")
-    assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
-    records.write_text(tmp_path / "x", "β = 0.9\n")
-    assert (tmp_path / "x").read_bytes() == b"\xce\xb2 = 0.9\n"
-
 
 # -- one process at a time ---------------------------------------------------------------------------------------------
 

@@ -4,8 +4,6 @@ The files are fetched when they are absent, checked against the published md5 an
 numpy arrays and nothing else.
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import http.client
@@ -15,7 +13,6 @@ import shutil
 import sys
 import tarfile
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cbl import disk
 from cbl.data import Source
 from cbl.errors import UserError
 
@@ -200,7 +198,7 @@ def _fetch(archive: Archive, root: Path) -> None:
     beside = root / f".{archive.folder}.download"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f".{archive.folder}.lock"):
+        with disk.locked(root / f".{archive.folder}.lock"):
             if not (missing := _missing(archive, root)):
                 return
             shutil.rmtree(beside, ignore_errors=True)
@@ -218,18 +216,6 @@ def _fetch(archive: Archive, root: Path) -> None:
             f"{archive.title} could not be downloaded from {archive.url} to {root} ({error}): check network and disk, "
             f"or fetch that file elsewhere and unpack it so that {root / archive.folder} exists."
         ) from None
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone in this block among all processes; the lock goes with the process, however it ends."""
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("Waiting for another process that is downloading the same files.", file=sys.stderr, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _download(archive: Archive, path: Path) -> None:

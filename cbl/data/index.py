@@ -16,7 +16,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from cbl import disk
 from cbl.errors import UserError
 
 NAMES = ("inaturalist2017", "inaturalist2018", "imagenet")
@@ -100,10 +100,10 @@ def write(
     text = rows.getvalue().encode()
     made = _index(folder, split, (list(paths), np.asarray(labels, dtype=np.int64)), class_names, text)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{split}.csv.gz", gzip.compress(text, compresslevel=6, mtime=0))
-    write_whole(folder / "class_names.txt", "".join(f"{name}\n" for name in class_names).encode())
+    disk.write(folder / f"{split}.csv.gz", gzip.compress(text, compresslevel=6, mtime=0))
+    disk.write(folder / "class_names.txt", "".join(f"{name}\n" for name in class_names).encode())
     if split == "train":
-        write_whole(folder / "train_counts.txt", "".join(f"{count}\n" for count in made.counts).encode())
+        disk.write(folder / "train_counts.txt", "".join(f"{count}\n" for count in made.counts).encode())
     return made
 
 
@@ -116,7 +116,7 @@ def complete(folder: Path, indices: Sequence[Index], **facts: Any) -> None:
         "hash": {index.split: index.hash for index in indices},
         **facts,
     }
-    write_whole(folder / "prepared.json", (json.dumps(content, indent=1) + "\n").encode())
+    disk.write(folder / "prepared.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def prepared(folder: Path) -> dict[str, Any] | None:
@@ -129,16 +129,6 @@ def prepared(folder: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{folder / 'prepared.json'} cannot be read ({error}): remove it and prepare the set again."
         ) from None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all: written beside and renamed, so that no reader and no kill sees half a file."""
-    beside = path.with_name(f".{path.name}.part")
-    with open(beside, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())  # or a power failure after the rename leaves an empty file
-    os.replace(beside, path)
 
 
 def _rows(text: str) -> tuple[list[str], np.ndarray]:

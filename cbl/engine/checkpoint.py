@@ -1,31 +1,19 @@
 """What a killed run goes on from, and the final weights; written beside and renamed, read without running code."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cbl import disk
 from cbl.errors import UserError
-
-
-def _write(path: Path, content: Any) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as handle:
-            torch.save(content, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """`checkpoint.pt`: weights, momentum and the plain numbers in `state`."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
-    _write(folder / "checkpoint.pt", content)
+    with disk.whole(folder / "checkpoint.pt") as handle:
+        torch.save(content, handle)
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -49,4 +37,5 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 def save_weights(folder: Path, model: torch.nn.Module) -> None:
     """`model.pt`: the state dict alone, on the CPU."""
-    _write(folder / "model.pt", {name: value.cpu() for name, value in model.state_dict().items()})
+    with disk.whole(folder / "model.pt") as handle:
+        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, handle)

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from cbl import records
+from cbl import disk
 from cbl.report.tables import BOLD, Cell, Kind, Panel, Table, kinds, plural
 
 Side = Literal["paper", "ours"]
@@ -82,7 +82,7 @@ def write(table: Table, folder: Path) -> list[Path]:
     forms = {"md": markdown(table), "csv": tidy(table).to_csv(index=False), "tex": latex(table)}
     folder.mkdir(parents=True, exist_ok=True)
     for ending, words in forms.items():
-        records.write_text(folder / f"{stem}.{ending}", words)
+        disk.write(folder / f"{stem}.{ending}", words)
     return [folder / f"{stem}.{ending}" for ending in forms]
 
 

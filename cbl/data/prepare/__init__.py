@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cbl import disk
 from cbl.data import index
 from cbl.data.index import Index
 from cbl.data.prepare import archives, imagenet, images, inaturalist
@@ -122,7 +123,7 @@ def _make(
     found = imagenet.read(where) if name == "imagenet" else inaturalist.read(name, where)
     # iNaturalist's JSON files tell these before the first of many images is written
     _check_counts(published, found.images, len(found.class_names))
-    index.write_whole(folder / "settings.json", (json.dumps(settings) + "\n").encode())
+    disk.write(folder / "settings.json", (json.dumps(settings) + "\n").encode())
     rows = images.store(found.members, folder / "images", sum(published.images.values()), short_side, workers)
     _check_counts(published, {split: len(rows[split]) for split in index.SPLITS}, len(found.class_names))
     written = []
@@ -181,6 +182,8 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"Another process is preparing {folder}: wait for it.") from None
+        for half_written in folder.glob("*.tmp"):  # of a call that was killed
+            half_written.unlink()
         yield
 
 

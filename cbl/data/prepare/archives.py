@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from cbl.data.cifar import locked
+from cbl import disk
 from cbl.errors import UserError
 
 _CHUNK = 4 << 20  # bytes
@@ -167,7 +167,7 @@ def _fetched(archive: Archive, folder: Path) -> bool:
     """Downloads the archive unless another process does so meanwhile; False for an optional one that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f".{archive.name}.lock"):  # preparations under other roots write the same file
+        with disk.locked(folder / f".{archive.name}.lock"):  # preparations under other roots write the same file
             if not (folder / archive.name).is_file():
                 _download(archive, folder)
     except OSError as error:
