@@ -343,6 +343,15 @@ def test_error_against_beta_shows_mean_and_standard_deviation():
     assert not figure.axes[1].collections  # one run has no spread
 
 
+def test_error_against_beta_makes_no_cliff_of_a_small_difference():
+    figure = figures.error_against_beta(frame([run(beta=0.0, error=64.5), run(beta=0.9, error=64.8)]))
+    (ax,) = figure.axes
+    low, high = ax.get_ylim()
+    assert (high - low, (high + low) / 2) == pytest.approx((2, 64.65))
+    left, right = ax.get_xlim()
+    assert left < 0 and right > 4  # all five β, their markers whole
+
+
 def details(rows, counts, error) -> pd.DataFrame:
     """Rows of per_class; error(beta, seed, class index)."""
     return pd.DataFrame(

@@ -313,7 +313,11 @@ def error_against_beta(runs: pd.DataFrame) -> Figure | None:
                     values = np.array(list(zip_longest(*errors, fillvalue=np.nan)))  # (runs, β)
                     _banded(ax, range(len(BETAS)), values, color=colour, marker=marker)
             ax.set_title(_at_factor(factor))
+            low, high = ax.get_ylim()
+            lacking = max(0, 2 - (high - low)) / 2  # what differs by less than runs of one setting do looks so
+            ax.set_ylim(low - lacking, high + lacking)
             ax.set_xticks(range(len(BETAS)), [f"{beta:g}" for beta in BETAS], rotation=90 if len(factors) > 2 else 0)
+            ax.set_xlim(-0.2, len(BETAS) - 0.8)  # all β, and room for the markers at both ends
             ax.set_xlabel("β")
         axes[0].set_ylabel("test error, %")
     handles = [Line2D([], [], color=colour, marker=marker, label=label) for label, colour, marker in LOSSES.values()]
