@@ -314,7 +314,8 @@ def error_against_beta(runs: pd.DataFrame) -> Figure | None:
                     _banded(ax, range(len(BETAS)), values, color=colour, marker=marker)
             ax.set_title(_at_factor(factor))
             low, high = ax.get_ylim()
-            lacking = max(0, 2 - (high - low)) / 2  # what differs by less than runs of one setting do looks so
+            # points: two standard errors of the difference of two single runs, 2 x 0.7 x √2; less than it looks small
+            lacking = max(0, 2 - (high - low)) / 2
             ax.set_ylim(low - lacking, high + lacking)
             ax.set_xticks(range(len(BETAS)), [f"{beta:g}" for beta in BETAS], rotation=90 if len(factors) > 2 else 0)
             ax.set_xlim(-0.2, len(BETAS) - 0.8)  # all β, and room for the markers at both ends
