@@ -101,9 +101,9 @@ def write(
     made = _index(folder, split, (list(paths), np.asarray(labels, dtype=np.int64)), class_names, text)
     folder.mkdir(parents=True, exist_ok=True)
     disk.write(folder / f"{split}.csv.gz", gzip.compress(text, compresslevel=6, mtime=0))
-    disk.write(folder / "class_names.txt", "".join(f"{name}\n" for name in class_names).encode())
+    disk.write(folder / "class_names.txt", "".join(f"{name}\n" for name in class_names))
     if split == "train":
-        disk.write(folder / "train_counts.txt", "".join(f"{count}\n" for count in made.counts).encode())
+        disk.write(folder / "train_counts.txt", "".join(f"{count}\n" for count in made.counts))
     return made
 
 
@@ -116,7 +116,7 @@ def complete(folder: Path, indices: Sequence[Index], **facts: Any) -> None:
         "hash": {index.split: index.hash for index in indices},
         **facts,
     }
-    disk.write(folder / "prepared.json", (json.dumps(content, indent=1) + "\n").encode())
+    disk.write(folder / "prepared.json", json.dumps(content, indent=1) + "\n")
 
 
 def prepared(folder: Path) -> dict[str, Any] | None:

@@ -123,7 +123,7 @@ def _make(
     found = imagenet.read(where) if name == "imagenet" else inaturalist.read(name, where)
     # iNaturalist's JSON files tell these before the first of many images is written
     _check_counts(published, found.images, len(found.class_names))
-    disk.write(folder / "settings.json", (json.dumps(settings) + "\n").encode())
+    disk.write(folder / "settings.json", json.dumps(settings) + "\n")
     rows = images.store(found.members, folder / "images", sum(published.images.values()), short_side, workers)
     _check_counts(published, {split: len(rows[split]) for split in index.SPLITS}, len(found.class_names))
     written = []
