@@ -34,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,7 @@ from cbl.report.bench_plot import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+INTERRUPTED = threading.Event()  # by SIGTERM, whose exception is lost where it strikes in a library's callback
 
 
 @dataclasses.dataclass
@@ -101,7 +103,9 @@ class Bench:
         return self.ends - time.monotonic()
 
     def over(self, what: str) -> bool:
-        """Whether the budget is used up; the report then says that `what` is left out."""
+        """Whether the budget is used up; the report then says that `what` is left out. Raises after SIGTERM."""
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         if self.left() >= 0:
             return False
         self.left_out.append(f"{what}: the budget was used up")
@@ -118,15 +122,15 @@ class Bench:
 def in_turn(bench: Bench, parts: Sequence[tuple[str, Callable[[], None]]]) -> None:
     """Every part, by its title; the report names those that fail, exceed the budget or are interrupted."""
     for number, (title, part) in enumerate(parts):
-        if bench.over(title):
-            continue
         try:
+            if bench.over(title):
+                continue
             part()
-        except KeyboardInterrupt:
-            later = [title for title, _ in parts[number + 1 :]]
-            bench.left_out += [f"{what}: interrupted" for what in (f"the rest of {title}", *later)]
-            raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
+            if INTERRUPTED.is_set() or isinstance(error, KeyboardInterrupt):  # a library may have made it another
+                later = [title for title, _ in parts[number + 1 :]]
+                bench.left_out += [f"{what}: interrupted" for what in (f"the rest of {title}", *later)]
+                raise KeyboardInterrupt from None
             if isinstance(error, UserError):
                 print(f"{title}: {error}", file=sys.stderr)
             else:
@@ -144,6 +148,8 @@ def race(bench: Bench, units: dict[str, Unit], turns: int, share: float) -> dict
         if turn > 1 and time.monotonic() > ends:
             break
         for name, unit in units.items():
+            if INTERRUPTED.is_set():
+                raise KeyboardInterrupt
             if turn == 0:
                 if bench.cuda:
                     unit()  # may compile or choose kernels, and says nothing about how long a unit takes
@@ -759,6 +765,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """SIGTERM is as Ctrl-C."""
+    INTERRUPTED.set()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the report is still to be written
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises in it for a DataLoader's processes, ended with ours
     raise KeyboardInterrupt
