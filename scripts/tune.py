@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +35,7 @@ from cbl.models import resnet_cifar
 from cbl.models.resnet_cifar import ResNetCifar
 
 TABLES = ("FORWARD", "BACKWARD_DATA", "BACKWARD_WEIGHT")
+INTERRUPTED = threading.Event()  # by SIGTERM, whose exception is lost where it strikes in a library's callback
 Entry = tuple[str, tuple[int, int]]  # table, (channels in, channels out)
 Tile = tuple[int, ...]  # as in the tables: pixels, inputs, outputs, warps, rounds[, pixels added up]
 
@@ -216,6 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{entry[0]} {entry[1]}: {tiles[entry]} of {tried + 1}, {took:.3f} ms", flush=True)
 
     def in_time() -> None:
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         if time.monotonic() > ends:
             raise OutOfTime
 
@@ -249,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     """SIGTERM is as Ctrl-C."""
+    INTERRUPTED.set()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the tables are still to be printed
     raise KeyboardInterrupt
 
