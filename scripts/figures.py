@@ -78,6 +78,11 @@ FIGURES = {
         lambda found: figures.ablation(found.runs),
         "make reproduce-table TABLE=ablation_digits",
     ),
+    "detail_curves": Entry(
+        "test error over the epochs with and without the two costliest details",
+        lambda found: figures.detail_curves(found.runs, found.curves),
+        "make reproduce-table TABLE=ablation_digits",
+    ),
     "moved_drop": Entry(
         "test error when the learning rate drops at another epoch",
         lambda found: figures.moved_drop(found.runs, found.curves),

@@ -435,6 +435,28 @@ def test_the_published_training_curves_are_those_that_the_readme_speaks_of():
     assert "CIFAR-10 at imbalance factor 200 shows why" in said and "`results/figures/training_curves.png`" in said
 
 
+def test_detail_curves_compare_pairs_of_runs_alone():
+    focal = {"kind": "focal", "gamma": 1.0}
+    rows = [run(seed=seed, **focal) for seed in (0, 1, 2)]  # the last one has no partner
+    rows += [run(seed=seed, **focal, model={"prior_bias": False}) for seed in (0, 1)]
+    rows.append(run("cifar100_lt", **focal, model={"prior_bias": False}))  # neither has this one
+    curves = pd.DataFrame(
+        [
+            (row["run_id"], epoch, 0, 0.1, 1.0, 10.0 * (row["overrides"] != "") + row["seed"] + 40 / epoch)
+            for row in rows
+            for epoch in (4.0, 8.0)
+        ],
+        columns=list(store.CURVES),
+    )
+    figure = figures.detail_curves(frame(rows), curves)
+    assert suptitles(figure) == ["Long-tailed CIFAR-10, imbalance factor 100, 200 epochs: 2 runs each, fp32"]
+    prior, order = figure.axes
+    np.testing.assert_allclose(lines(prior)[figures.BLACK].get_data(), [[4, 8], [10.5, 5.5]])
+    np.testing.assert_allclose(lines(prior)[figures.RED].get_data(), [[4, 8], [20.5, 15.5]])
+    assert not order.get_lines() and [text.get_text() for text in order.texts] == ["not run"]
+    assert figures.detail_curves(frame(rows[2:]), curves) is None
+
+
 def test_moved_drops_part_from_the_official_run():
     def moved(epoch, seed, **changes):
         recipe = {"milestones": [float(epoch)], "epochs": epoch + 20}
@@ -529,7 +551,12 @@ def test_without_runs_only_closed_forms_are_drawn(tmp_path):
 
 
 def test_miniature_draws_all_that_it_has_runs_for(miniature):
-    assert [name for name, figure in drawn(miniature).items() if not figure] == ["fig7", "fig9", "moved_drop"]
+    assert [name for name, figure in drawn(miniature).items() if not figure] == [
+        "fig7",
+        "fig9",
+        "detail_curves",
+        "moved_drop",
+    ]
 
 
 def test_figures_fit_a_paper_and_legends_cover_no_data(miniature):

@@ -26,7 +26,7 @@ from cbl import class_counts, effective_number
 from cbl.config import Recipe
 from cbl.report import formats, tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
-from cbl.report.verdict import PAPER_SD, Row
+from cbl.report.verdict import PAPER_SD, Row, pairs
 
 Series = dict[float, list[Row]]  # runs that differ in β and seeds alone: rows of runs.csv by β
 OFFICIAL = Setting("", None, "", None, 0.0)[5:]  # overrides, network and epochs of the paper's CIFAR runs
@@ -59,6 +59,11 @@ GROUPS = {  # the groups of classes of `cbl.longtail`, in words
     ("terciles", "many"): "largest third of the classes",
     ("terciles", "medium"): "middle third of the classes",
     ("terciles", "few"): "smallest third of the classes",
+}
+# The two details of the ablation on digits that cost most without class balancing: loss, gamma and what is changed.
+TIMING = {
+    "focal γ 1, no prior in the last bias": ("focal", 1.0, "model.prior_bias=false"),
+    "softmax, image order of the authors' code": ("softmax", None, 'recipe.image_order="official_stream"'),
 }
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f7fbff", "#6baed6"])  # black text stays readable on all
 DROP_SHADES = LinearSegmentedColormap.from_list("drops", [SKY, BLUE, "#001a33"])  # light to dark, early to late
@@ -434,6 +439,52 @@ def ablation(runs: pd.DataFrame) -> Figure | None:
         label = "one pair of runs"
         handles.append(Line2D([], [], color="#777777", marker="o", markerfacecolor="none", linestyle="", label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+@styled
+def detail_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
+    """Test error over the epochs, with the default configuration and with one of `TIMING` changed; without balancing.
+
+    A row of panels for `TABLE=ablation_digits`, the longest training of `TABLE=conditions`, and each data set of
+    `TABLE=ablation`: means over pairs of runs of the same seed and subset. Each panel has a scale of its own.
+    """
+    curves = curves[curves["test_error"].notna()]
+    runs = runs[runs["run_id"].isin(curves["run_id"])]
+    done = done_runs(runs)
+    _, words, longest = tables.CONDITIONS[-1]
+    digits = Setting("digits_lt", 50.0, "", None, 0.0, *tables.DIGITS)
+    bases = [digits, digits._replace(departures=words, epochs=longest)]
+    bases += [Setting(name, 100.0, "", None, 0.0) for name in ("cifar10_lt", "cifar100_lt")]
+    shown = []
+    for base in bases:
+        asked = {}
+        for label, (loss, gamma, word) in TIMING.items():
+            default = base._replace(loss=loss, gamma=gamma)
+            asked[label] = default, tables.changed(default, word)
+        found, _, _ = one_dtype(done, (setting for both in asked.values() for setting in both))
+        both = {label: pairs(found.get(new, []), found.get(old, [])) for label, (old, new) in asked.items()}
+        if any(both.values()):
+            shown.append((base, both))
+    if not shown:
+        return None
+    figure = Figure((PAGE, 1.9 * len(shown) + 0.3))
+    parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
+    for part, (base, both) in zip(parts, shown, strict=True):
+        sizes = _size({base._replace(loss=label): [row for row, _ in found] for label, found in both.items() if found})
+        title = f"{_title(base.dataset)}, {_at_factor(base.imbalance_factor)}, {base.epochs} epochs"
+        part.suptitle(f"{title}: {sizes}", fontsize=8)
+        for ax, label in zip(part.subplots(1, len(TIMING)), TIMING, strict=True):
+            ax.set_title(label, fontsize=7)
+            ax.set(xlabel="epoch", ylabel="test error, %")
+            for rows, colour in zip(zip(*both[label], strict=True), (RED, BLACK), strict=False):
+                _over_epochs(ax, curves, rows, "test_error", color=colour)
+            if not both[label]:
+                ax.set(xticks=[], yticks=[])
+                ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center")
+    handles = [Line2D([], [], color=BLACK, label="default configuration")]
+    handles.append(Line2D([], [], color=RED, label="changed as said above the panel"))
+    _legend(figure, handles)
     return figure
 
 
