@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cbl import class_counts
 from cbl.config import Recipe
 from cbl.engine import recipe
+from cbl.longtail import class_groups
 from cbl.models import resnet_cifar
 
 OFFICIAL = Recipe(drop=0.01)
@@ -145,3 +146,18 @@ def test_official_stream_shows_the_first_classes_more_often_and_the_last_less(cl
     tenth = classes // 10
     assert 1.10 < share[:tenth].mean() < 1.27
     assert 0.74 < share[-tenth:].mean() < 0.87
+
+
+@pytest.mark.parametrize(("classes", "largest"), [(10, 5000), (100, 500)])
+def test_official_stream_begins_each_two_epochs_without_the_classes_of_fewest_images(
+    classes: int, largest: int
+) -> None:
+    """The README says so: for half an epoch none of them, then more of them than their share for as long."""
+    counts = class_counts(classes, 100, largest)
+    labels = np.repeat(np.arange(classes), counts)  # records sorted by class
+    made = stream(len(labels), 128, "official_stream")
+    fewest = class_groups(counts)[1]["few"]
+    for number in range(5):
+        drawn = np.isin(labels[made.block(number)[0]], fewest)
+        first, second, *_ = (quarter.mean() / drawn.mean() for quarter in np.array_split(drawn, 4))
+        assert first == 0 and second > 1.2
