@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from cbl import config, records, store
 from cbl.errors import UserError
-from cbl.report import figures, paper
+from cbl.report import figures, paper, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "tests" / "miniature" / "runs"
@@ -457,6 +457,32 @@ def test_detail_curves_compare_pairs_of_runs_alone():
     assert figures.detail_curves(frame(rows[2:]), curves) is None
 
 
+def test_the_published_runs_are_as_the_readme_says_of_the_two_costliest_details_on_cifar():
+    """Of one pair each. Runs added there may end this: then the README's sentences are to be written anew."""
+    published = store.load(ROOT / "results")
+    done, curves = tables.done_runs(published.runs), published.curves[published.curves["test_error"].notna()]
+
+    def worse(dataset, loss, gamma, beta, word, first, last):
+        """Points of mean test error from epoch `first` to `last` that the changed runs have more."""
+        default = tables.ABLATED_CIFAR[dataset]._replace(loss=loss, gamma=gamma, beta=beta)
+        means = []
+        for setting in (tables.changed(default, word), default):
+            names = [row["run_id"] for row in done[setting]]
+            found = curves[curves["run_id"].isin(names) & curves["epoch"].between(first, last)]
+            means.append(found["test_error"].mean())
+        return means[0] - means[1]
+
+    for dataset in ("cifar10_lt", "cifar100_lt"):
+        assert abs(worse(dataset, "focal", 1.0, 0.0, tables.NO_PRIOR, 199, 200)) < 1
+    assert worse("cifar100_lt", "focal", 1.0, 0.0, tables.NO_PRIOR, 0, 30) > 1
+    assert abs(worse("cifar100_lt", "focal", 1.0, 0.0, tables.NO_PRIOR, 30, 160)) < 1
+    for loss, gamma, beta in (("softmax", None, 0.0), ("focal", 1.0, 0.9)):
+        asked = "cifar100_lt", loss, gamma, beta, tables.AUTHORS_ORDER
+        assert 8 < worse(*asked, 20, 160) < 12 and 1 < worse(*asked, 199, 200) < 1.5
+    asked = "cifar10_lt", "softmax", None, 0.0, tables.AUTHORS_ORDER
+    assert worse(*asked, 0, 60) > 2 > worse(*asked, 60, 160) and worse(*asked, 199, 200) < 0.5
+
+
 def test_moved_drops_part_from_the_official_run():
     def moved(epoch, seed, **changes):
         recipe = {"milestones": [float(epoch)], "epochs": epoch + 20}
@@ -559,8 +585,9 @@ def test_miniature_draws_all_that_it_has_runs_for(miniature):
     ]
 
 
-def test_figures_fit_a_paper_and_legends_cover_no_data(miniature):
-    for name, figure in drawn(miniature).items():
+@pytest.mark.parametrize("published", [False, True], ids=["miniature", "published"])
+def test_figures_fit_a_paper_and_legends_cover_no_data(miniature, published):
+    for name, figure in drawn(store.load(ROOT / "results") if published else miniature).items():
         if figure is None:
             continue
         assert figure.get_figwidth() in (3.3, 6.9), name

@@ -61,9 +61,9 @@ GROUPS = {  # the groups of classes of `cbl.longtail`, in words
     ("terciles", "few"): "smallest third of the classes",
 }
 # The two details of the ablation on digits that cost most without class balancing: loss, gamma and what is changed.
-TIMING = {
-    "focal γ 1, no prior in the last bias": ("focal", 1.0, "model.prior_bias=false"),
-    "softmax, image order of the authors' code": ("softmax", None, 'recipe.image_order="official_stream"'),
+COSTLIEST = {
+    "focal γ 1, no prior in the last bias": ("focal", 1.0, tables.NO_PRIOR),
+    "softmax, image order of the authors' code": ("softmax", None, tables.AUTHORS_ORDER),
 }
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f7fbff", "#6baed6"])  # black text stays readable on all
 DROP_SHADES = LinearSegmentedColormap.from_list("drops", [SKY, BLUE, "#001a33"])  # light to dark, early to late
@@ -444,7 +444,7 @@ def ablation(runs: pd.DataFrame) -> Figure | None:
 
 @styled
 def detail_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
-    """Test error over the epochs, with the default configuration and with one of `TIMING` changed; without balancing.
+    """Test error over the epochs, by default and with one of `COSTLIEST` changed; without class balancing.
 
     A row of panels for `TABLE=ablation_digits`, the longest training of `TABLE=conditions`, and each data set of
     `TABLE=ablation`: means over pairs of runs of the same seed and subset. Each panel has a scale of its own.
@@ -453,17 +453,14 @@ def detail_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     runs = runs[runs["run_id"].isin(curves["run_id"])]
     done = done_runs(runs)
     _, words, longest = tables.CONDITIONS[-1]
-    digits = Setting("digits_lt", 50.0, "", None, 0.0, *tables.DIGITS)
-    bases = [digits, digits._replace(departures=words, epochs=longest)]
-    bases += [Setting(name, 100.0, "", None, 0.0) for name in ("cifar10_lt", "cifar100_lt")]
-    shown = []
-    for base in bases:
+    shown: list[tuple[Setting, dict[str, list[tuple[Row, Row]]]]] = []  # (changed, default) by label
+    for base in (tables.ABLATED_DIGITS, tables.condition(words, longest), *tables.ABLATED_CIFAR.values()):
         asked = {}
-        for label, (loss, gamma, word) in TIMING.items():
+        for label, (loss, gamma, word) in COSTLIEST.items():
             default = base._replace(loss=loss, gamma=gamma)
-            asked[label] = default, tables.changed(default, word)
-        found, _, _ = one_dtype(done, (setting for both in asked.values() for setting in both))
-        both = {label: pairs(found.get(new, []), found.get(old, [])) for label, (old, new) in asked.items()}
+            asked[label] = tables.changed(default, word), default
+        found, _, _ = one_dtype(done, (setting for two in asked.values() for setting in two))
+        both = {label: pairs(found.get(new, []), found.get(old, [])) for label, (new, old) in asked.items()}
         if any(both.values()):
             shown.append((base, both))
     if not shown:
@@ -471,15 +468,16 @@ def detail_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     figure = Figure((PAGE, 1.9 * len(shown) + 0.3))
     parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
     for part, (base, both) in zip(parts, shown, strict=True):
-        sizes = _size({base._replace(loss=label): [row for row, _ in found] for label, found in both.items() if found})
+        sizes = _size({base._replace(loss=label): [new for new, _ in two] for label, two in both.items() if two})
         title = f"{_title(base.dataset)}, {_at_factor(base.imbalance_factor)}, {base.epochs} epochs"
         part.suptitle(f"{title}: {sizes}", fontsize=8)
-        for ax, label in zip(part.subplots(1, len(TIMING)), TIMING, strict=True):
+        for ax, (label, two) in zip(part.subplots(1, len(both)), both.items(), strict=True):
             ax.set_title(label, fontsize=7)
             ax.set(xlabel="epoch", ylabel="test error, %")
-            for rows, colour in zip(zip(*both[label], strict=True), (RED, BLACK), strict=False):
-                _over_epochs(ax, curves, rows, "test_error", color=colour)
-            if not both[label]:
+            if two:
+                _over_epochs(ax, curves, [new for new, _ in two], "test_error", color=RED)
+                _over_epochs(ax, curves, [old for _, old in two], "test_error", color=BLACK)
+            else:
                 ax.set(xticks=[], yticks=[])
                 ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center")
     handles = [Line2D([], [], color=BLACK, label="default configuration")]

@@ -40,10 +40,11 @@ LABELS = {  # rows of Table 2
     "class_balanced": "Class-balanced",
 }
 SIZES = {"cifar10_lt": (10, 5000), "cifar20_lt": (20, 2500), "cifar100_lt": (100, 500)}  # classes, largest class
+NO_PRIOR, AUTHORS_ORDER = "model.prior_bias=false", 'recipe.image_order="official_stream"'
 # What the ablations change, one at a time: a row's label, and the departure from the default configuration.
 DETAILS = [
     ("Loss divided by the sum of the drawn weights", 'loss.reduction="weight_sum"'),
-    ("No prior in the last bias", "model.prior_bias=false"),
+    ("No prior in the last bias", NO_PRIOR),
     ("Shortcut: strided slice", 'model.shortcut="strided"'),
     ("Shortcut: projection", 'model.shortcut="projection"'),
     ("Initial weights: Kaiming", 'model.init="kaiming"'),
@@ -52,7 +53,7 @@ DETAILS = [
     ("Weight decay: everything", 'recipe.decay_scope="everything"'),
     ("Weight decay: everything but BN", 'recipe.decay_scope="not_bn"'),
     ("Weight decay: last bias alone", 'recipe.decay_scope="only_last_bias"'),
-    ("Image order: official stream", 'recipe.image_order="official_stream"'),
+    ("Image order: official stream", AUTHORS_ORDER),
 ]
 # The class-balanced columns: beta of the best cell of the paper at imbalance factor 100; on the digits that of the
 # lowest errors of softmax and focal (gamma 1) in the embedded table.
@@ -102,6 +103,10 @@ class Setting(NamedTuple):
     model: str = "resnet32"
     epochs: int = 200
 
+
+# What the ablations change a detail of, but for its loss.
+ABLATED_CIFAR = {name: Setting(name, 100.0, "", None, 0.0) for name in ("cifar10_lt", "cifar100_lt")}
+ABLATED_DIGITS = Setting("digits_lt", 50.0, "", None, 0.0, *DIGITS)
 
 Done = Mapping[Setting, list[Row]]  # rows of runs.csv that are done, in the order of their seeds
 
@@ -517,8 +522,7 @@ def grid(name: str, done: Done) -> Table:
 
 def ablation(done: Done) -> Table:
     """One detail of the default configuration changed at a time, long-tailed CIFAR at imbalance factor 100."""
-    official = {name: Setting(name, 100.0, "", None, 0.0) for name in ("cifar10_lt", "cifar100_lt")}
-    panels, caption, notes = _ablated(done, official)
+    panels, caption, notes = _ablated(done, ABLATED_CIFAR)
     return Table(
         "ablation",
         "Ablation: one detail of the default configuration changed at a time, imbalance factor 100",
@@ -531,7 +535,7 @@ def ablation(done: Done) -> Table:
 
 def ablation_digits(done: Done) -> Table:
     """The same on the digits at imbalance factor 50, where many seeds cost minutes."""
-    panels, caption, notes = _ablated(done, {"digits_lt": Setting("digits_lt", 50.0, "", None, 0.0, *DIGITS)})
+    panels, caption, notes = _ablated(done, {"digits_lt": ABLATED_DIGITS})
     return Table(
         "ablation_digits",
         "Ablation on digits: one detail changed at a time, imbalance factor 50",
@@ -583,6 +587,11 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
     return panels, caption, notes
 
 
+def condition(words: str, epochs: int) -> Setting:
+    """The ablation on digits under one of `CONDITIONS`, but for its loss."""
+    return ABLATED_DIGITS._replace(departures=" ".join(sorted(words.split())), epochs=epochs)
+
+
 def changed(setting: Setting, word: str) -> Setting:
     """With one departure more."""
     return setting._replace(departures=" ".join(sorted([*setting.departures.split(), word])))
@@ -592,20 +601,17 @@ def _applies(word: str, setting: Setting) -> bool:
     """Whether the departure changes anything at that loss and beta."""
     if word.startswith("loss.reduction="):
         return setting.beta > 0
-    official = ("model.prior_bias=false", 'recipe.decay_scope="everything"')  # of softmax
+    official = (NO_PRIOR, 'recipe.decay_scope="everything"')  # of softmax
     return not (setting.loss == "softmax" and word in official)
 
 
 def conditions(done: Done) -> Table:
     """Under which conditions the two largest changes of the ablation on digits are felt."""
-    prior, order = "model.prior_bias=false", 'recipe.image_order="official_stream"'
-    asked = [("sigmoid", None, prior), ("focal", 1.0, prior), ("softmax", None, order), ("focal", 1.0, order)]
-    names = {prior: "no prior", order: "official stream"}
+    names = {NO_PRIOR: "no prior", AUTHORS_ORDER: "official stream"}
+    asked = [("sigmoid", None, NO_PRIOR), ("focal", 1.0, NO_PRIOR)]
+    asked += [("softmax", None, AUTHORS_ORDER), ("focal", 1.0, AUTHORS_ORDER)]
     rows = {
-        label: [
-            (Setting("digits_lt", 50.0, loss, gamma, 0.0, " ".join(sorted(words.split())), "resnet8", epochs), word)
-            for loss, gamma, word in asked
-        ]
+        label: [(condition(words, epochs)._replace(loss=loss, gamma=gamma), word) for loss, gamma, word in asked]
         for label, words, epochs in CONDITIONS
     }
     wanted = [s for row in rows.values() for setting, word in row for s in (setting, changed(setting, word))]
