@@ -36,6 +36,15 @@ def test_the_digits_that_are_expected_are_those_published() -> None:
     assert expected == (f"{row[0].mean:.2f}", f"{row[-1].mean:.2f}")
 
 
+def test_the_gains_on_cifar100_are_as_it_says() -> None:
+    """Runs added there may end this: then its sentence on them is to be written anew."""
+    [panel] = [p for p in tables.build("2", store.load(ROOT / "results").runs).panels if p.title == "CIFAR-100"][:1]
+    [gains] = [cells for label, cells in panel.rows if label == "Gain of balancing"]
+    at = {factor: gain.values for factor, gain in zip(panel.columns, gains, strict=True) if gain and gain.values}
+    assert {factor: len(values) for factor, values in at.items()} == {"IF 200": 2, "IF 100": 1}
+    assert min(at["IF 200"]) < 0 < max(at["IF 200"])
+
+
 def test_what_it_names_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets | {"help"}
