@@ -241,6 +241,24 @@ def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFram
     assert weighted[3] is not None and weighted[3].values == pytest.approx((1.5,))
 
 
+def test_pairs_trained_on_two_devices_are_named(made: Any) -> None:
+    settings = [(beta, seed, drop) for beta in (0.0, 0.9999) for seed in (0, 1) for drop in (0.01, 0.1)]
+    runs = made(
+        *((run("cifar10_lt", 100, "focal", b, seed, recipe={"drop": drop}), 30.0) for b, seed, drop in settings)
+    )
+    names = "grid10", "ablation"
+    noted = {name: tables.build(name, runs).notes for name in names}
+    assert not any("devices" in note for notes in noted.values() for note in notes)
+    runs.loc[(runs["beta"] == 0) & (runs["seed"] == 1) & (runs["overrides"] == ""), "device"] = "another"
+    first = "Pairs trained on two devices, which round differently: "
+    assert [tables.build(name, runs).notes for name in names] == [
+        [*noted["grid10"], f"{first}Focal γ 1.0 β 0.9999 on CIFAR-10 IF 100 (1 of 2 pairs)."],
+        [*noted["ablation"], f"{first}Focal γ 1.0 on CIFAR-10 IF 100 with recipe.drop=0.1 (1 of 2 pairs)."],
+    ]
+    runs["device"] = "another"
+    assert {name: tables.build(name, runs).notes for name in names} == noted
+
+
 def test_every_planned_run_of_the_ablation_on_digits_has_its_cell(made: Any) -> None:
     planned = reproduce_table.plan("ablation_digits", [0, 1])
     table = tables.build("ablation_digits", made(*((run, 10.0 + number) for number, run in enumerate(planned))))

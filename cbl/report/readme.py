@@ -12,7 +12,7 @@ import pandas as pd
 from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
-from cbl.report.tables import BOLD, DIGITS, LABELS, TITLES, Cell, Panel, Setting, Table, plural, setting_label
+from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
 from cbl.report.verdict import SAME, bootstrap
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -210,15 +210,9 @@ def _listed(cells: list[Cell], points: list[float], fewest: Mapping[Setting, flo
     """The first cells, each with its points and those of its classes with the fewest images, where they are known."""
     names = []
     for cell, value in list(zip(cells, points, strict=True))[:NAMED]:
-        setting = cell.setting
-        factor = "" if setting.imbalance_factor is None else f" IF {setting.imbalance_factor:g}"
-        departures = [word for word in setting.departures.split() if word not in DIGITS[0].split()]
-        changed = f" with {' '.join(departures)}" if departures else ""
-        network = "" if setting.model in ("resnet32", "resnet8") else f"{setting.model.replace('resnet', 'ResNet-')}, "
-        name = TITLES.get(setting.dataset, setting.dataset)
-        few = (fewest or {}).get(setting)
+        few = (fewest or {}).get(cell.setting)
         tail = "" if few is None else f", in {tables.FEWEST} {signed(few)}"
-        names.append(f"{network}{setting_label(setting)} on {name}{factor}{changed} ({signed(value)}{tail})")
+        names.append(f"{tables.full_label(cell.setting)} ({signed(value)}{tail})")
     more = f" and {len(cells) - NAMED} more" if len(cells) > NAMED else ""
     return "; ".join(names) + more
 

@@ -126,7 +126,7 @@ class Cell:
     seeds: tuple[str, ...] = ()  # "0", or "0.1": seed 0 on the subset of seed 1
     best: tuple[float, ...] = ()  # lowest error of all evaluations of the same runs
     interval: tuple[float, float] | None = None  # bootstrap, 95 %
-    run_ids: tuple[str, ...] = ()
+    run_ids: tuple[str, ...] = ()  # of a pair both, one after the other
     devices: tuple[str, ...] = ()
     commits: tuple[str, ...] = ()
 
@@ -209,6 +209,7 @@ def build(name: str, runs: pd.DataFrame, counts: Mapping[str, Sequence[int]] | N
     rows = [row for rows in done.values() for row in rows if row["run_id"] in shown]
     return replace(
         table,
+        notes=[*table.notes, *_two_devices(table, {row["run_id"]: row["device"] for row in rows})],
         seeds=tuple(sorted({int(row["seed"]) for row in rows})),
         dtype=rows[0]["dtype"] if rows else "",  # one for all: `one_dtype`
     )
@@ -350,6 +351,18 @@ def seed_words(seeds: Sequence[int]) -> str:
     if len(seeds) > 3 and seeds[-1] - seeds[0] == len(seeds) - 1:
         return f"{seeds[0]}-{seeds[-1]}"
     return ",".join(map(str, seeds))
+
+
+def _two_devices(table: Table, device: Mapping[str, str | None]) -> list[str]:
+    """A note of the pairs whose two runs were trained on different devices; `device` by run id."""
+    named = []
+    for cell in [cell for panel in table.panels if not panel.apart for cell in panel.cells()]:
+        if cell.kind in ("gain", "difference"):
+            both = list(zip(cell.run_ids[::2], cell.run_ids[1::2], strict=True))
+            apart = sum(device[run] != device[other] for run, other in both)
+            if apart:
+                named.append(f"{full_label(cell.setting)} ({apart} of {plural(len(both), 'pair')})")
+    return [f"Pairs trained on two devices, which round differently: {'; '.join(named)}."] if named else []
 
 
 def _distinct(rows: Iterable[Row], column: str) -> tuple[str, ...]:
@@ -743,3 +756,12 @@ def loss_label(loss: str, gamma: float | None, beta: float = 0.0) -> str:
 
 def setting_label(setting: Setting) -> str:
     return loss_label(setting.loss, setting.gamma, setting.beta)
+
+
+def full_label(setting: Setting) -> str:
+    """`Focal γ 1.0 on CIFAR-10 IF 100 with recipe.drop=0.1`; the words of the digits' own schedule are left out."""
+    network = "" if setting.model in ("resnet32", "resnet8") else f"{setting.model.replace('resnet', 'ResNet-')}, "
+    factor = "" if setting.imbalance_factor is None else f" {factor_label(setting.imbalance_factor)}"
+    departures = [word for word in setting.departures.split() if word not in DIGITS[0].split()]
+    changed = f" with {' '.join(departures)}" if departures else ""
+    return f"{network}{setting_label(setting)} on {TITLES.get(setting.dataset, setting.dataset)}{factor}{changed}"
