@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from cbl import config
-from cbl.engine.job import choose_device
+from cbl.engine.job import choose_device, kernels
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
 from cbl.models.resnet_cifar import ResNetCifar
@@ -201,8 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(config.Engine())
     if device.type != "cuda":
         raise UserError(f"Tiles are measured on a GPU, and torch {torch.__version__} uses {device} here.")
-    from cbl.engine import fused
-
+    fused = kernels()
     before = {(table, channels): tile for table in TABLES for channels, tile in getattr(fused, table).items()}
     tiles = {entry: tile for entry, tile in before.items() if entry[1][0] != 1}  # measured on colour images
     stopwatch = Stopwatch(given)

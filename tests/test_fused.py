@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cbl.errors import UserError
 from cbl.models import resnet_cifar
 
 ROOT = Path(__file__).resolve().parent.parent
+TRITON = "triton", "3.6", "needs Triton 3.6, which torch 2.11 brings where it is built for CUDA"
 
 
 def compare(shortcut: str, channels: int, device: str, size: tuple[int, int] = (8, 8)) -> None:
@@ -46,8 +48,48 @@ def compare(shortcut: str, channels: int, device: str, size: tuple[int, int] = (
         torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
 
 
+def stay_in_bounds() -> None:
+    """From here on a kernel that reads or writes outside the memory of its own tensors ends in an error."""
+    from triton.runtime import interpreter
+
+    start, memory = interpreter.GridExecutor._init_args_hst, interpreter._interpreter
+    spans: list[tuple[int, int]] = []
+
+    def started(self: Any, args: Any, kwargs: Any) -> Any:
+        found = start(self, args, kwargs)
+        tensors = [a for a in (*found[0], *found[1].values()) if isinstance(a, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        spans[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        return found
+
+    def check(pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
+        first = pointers[np.broadcast_to(mask, pointers.shape)]
+        inside = [(first >= begin) & (first + np.uint64(size) <= end) for begin, end in spans]
+        assert np.logical_or.reduce(inside).all(), "outside the tensors of the kernel"
+
+    class Guarded:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(memory, name)
+
+        def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
+            check(pointers, mask, np.dtype(dtype).itemsize)
+            return memory.load(pointers, mask, other, dtype)
+
+        def store(self, pointers: Any, value: Any, mask: Any) -> Any:
+            check(pointers, mask, value.itemsize)
+            return memory.store(pointers, value, mask)
+
+        def atomic_rmw(self, operation: Any, pointers: Any, value: Any, mask: Any, order: Any) -> Any:
+            check(pointers, mask, value.itemsize)
+            return memory.atomic_rmw(operation, pointers, value, mask, order)
+
+    interpreter.GridExecutor._init_args_hst = started
+    interpreter._interpreter = Guarded()
+
+
 def interpret(code: str) -> None:
     """In a process of its own: whether Triton interprets is decided when the kernels are defined."""
+    code = f"from test_fused import stay_in_bounds; stay_in_bounds(); {code}"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -56,7 +98,7 @@ def interpret(code: str) -> None:
 
 @pytest.mark.parametrize(("shortcut", "channels", "size"), [("mean_pool", 3, (8, 8)), ("strided", 1, (4, 12))])
 def test_fused_is_the_network(shortcut: str, channels: int, size: tuple[int, int]) -> None:
-    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    pytest.importorskip(*TRITON)
     interpret(f"from test_fused import compare; compare({shortcut!r}, {channels}, 'cpu', {size})")
 
 
@@ -76,7 +118,7 @@ def check_nan(device: str) -> None:
 
 
 def test_a_run_that_has_diverged_is_seen() -> None:
-    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    pytest.importorskip(*TRITON)
     interpret("from test_fused import check_nan; check_nan('cpu')")
 
 
@@ -97,7 +139,7 @@ def compare_augmentation(device: str) -> None:
 
 
 def test_augmentation_in_one_kernel_is_the_augmentation() -> None:
-    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    pytest.importorskip(*TRITON)
     interpret("from test_fused import compare_augmentation; compare_augmentation('cpu')")
 
 
@@ -125,7 +167,7 @@ def test_a_step_of_a_run() -> None:
 
 
 def test_a_run_computes_in_the_kernels() -> None:
-    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    pytest.importorskip(*TRITON)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::test_a_step_of_a_run"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -134,16 +176,20 @@ def test_a_run_computes_in_the_kernels() -> None:
 
 @pytest.mark.parametrize(("shortcut", "size"), [("projection", (8, 8)), ("mean_pool", (8, 6))])
 def test_what_the_kernels_cannot_do_is_refused(shortcut: str, size: tuple[int, int]) -> None:
-    pytest.importorskip("triton", reason="needs Triton, which torch brings where it is built for CUDA")
+    pytest.importorskip(*TRITON)
     with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels: set engine.fused=false"):
         job._fused(resnet_cifar(8, shortcut=shortcut, seed=0), size)
 
 
-def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", [None, "3.5.1"])
+def test_without_its_triton_it_says_what_to_install(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "cbl.engine.fused", raising=False)
     monkeypatch.delattr("cbl.engine.fused", raising=False)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(UserError, match="pip install triton"):
+    if version is None:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    else:
+        monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    with pytest.raises(UserError, match=r"needs Triton 3.6 or newer, which torch 2.11 .*: upgrade torch"):
         job._fused(resnet_cifar(8, seed=0), (8, 8))
 
 

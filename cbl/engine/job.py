@@ -119,12 +119,21 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
     )
 
 
-def _fused(model: Any, size: tuple[int, int]) -> ModuleType:
-    """The module of the kernels of our own, which need Triton; refuses a `model` that they do not compute."""
+def kernels() -> ModuleType:
+    """The module of the kernels of our own; raises `UserError` without the Triton that they need."""
     try:
         from cbl.engine import fused
     except ImportError:
-        raise UserError("engine.fused=true needs Triton: pip install triton, or set engine.fused=false.") from None
+        raise UserError(
+            "engine.fused=true needs Triton 3.6 or newer, which torch 2.11 and newer bring where they are built for "
+            "CUDA: upgrade torch, or set engine.fused=false."
+        ) from None
+    return fused
+
+
+def _fused(model: Any, size: tuple[int, int]) -> ModuleType:
+    """`kernels`; refuses a `model` that they do not compute."""
+    fused = kernels()
     if not fused.supports(model, size):
         raise UserError(
             f"engine.fused=true computes images of 1 or 3 channels whose sides 4 divides, and no model.shortcut="
