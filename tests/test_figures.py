@@ -474,6 +474,9 @@ def test_the_published_runs_are_as_the_readme_says_of_the_two_costliest_details_
 
     for dataset in ("cifar10_lt", "cifar100_lt"):
         assert abs(worse(dataset, "focal", 1.0, 0.0, tables.NO_PRIOR, 199, 200)) < 1
+    assert abs(worse("cifar10_lt", "focal", 1.0, 0.9999, tables.NO_PRIOR, 199, 200) - 0.04) < 0.005
+    weight_sum = 'loss.reduction="weight_sum"'
+    assert abs(worse("cifar10_lt", "focal", 1.0, 0.9999, weight_sum, 199, 200) - 0.68) < 0.005
     assert worse("cifar100_lt", "focal", 1.0, 0.0, tables.NO_PRIOR, 0, 30) > 1
     assert abs(worse("cifar100_lt", "focal", 1.0, 0.0, tables.NO_PRIOR, 30, 160)) < 1
     for loss, gamma, beta in (("softmax", None, 0.0), ("focal", 1.0, 0.9)):
