@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_fused import TRITON, interpret
 
-pytest.importorskip("triton", "3.6", "needs Triton 3.6, which torch 2.11 brings where it is built for CUDA")
-
-from test_fused import interpret
+pytest.importorskip(*TRITON)
 
 from cbl.engine import fused
 

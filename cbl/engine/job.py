@@ -123,10 +123,10 @@ def kernels() -> ModuleType:
     """The module of the kernels of our own; raises `UserError` without the Triton that they need."""
     try:
         from cbl.engine import fused
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            "engine.fused=true needs Triton 3.6 or newer, which torch 2.11 and newer bring where they are built for "
-            "CUDA: upgrade torch, or set engine.fused=false."
+            f"engine.fused=true needs Triton 3.6 or newer ({error}): upgrade torch to 2.11 or newer, built for CUDA, "
+            "which brings it, or set engine.fused=false."
         ) from None
     return fused
 
