@@ -4,9 +4,10 @@
     python scripts/tune.py --lanes 8           # for eight runs side by side
 
 A tile is judged by the time of the whole forward and backward pass of ResNet-32, captured as a CUDA graph, with all
-other tiles as they are: first how many pixels, inputs and outputs a block of threads takes at a time, for one kernel
-after the other, then its warps, the rounds under way at once, and the pixels that it adds up. What does not fit into
-the GPU's shared memory is passed over. The candidates, some 900, are compiled beforehand, in a process a core.
+other tiles as they are: first the rounds under way at once, for one kernel after the other, then how many pixels,
+inputs and outputs a block of threads takes at a time, then its warps, again the rounds, and the pixels that it adds up.
+What does not fit into the GPU's shared memory is passed over. The candidates, some 900, are compiled beforehand, in a
+process a core.
 Interrupted, by Ctrl-C, SIGTERM or --budget, it prints the best so far.
 """
 
@@ -40,6 +41,16 @@ Entry = tuple[str, tuple[int, int]]  # table, (channels in, channels out)
 Tile = tuple[int, ...]  # as in the tables: pixels, inputs, outputs, warps, rounds[, pixels added up]
 
 
+def rounds(entry: Entry, tile: Tile) -> Iterator[Tile]:
+    """`tile` with other rounds under way.
+
+    Several are copied past the L1 cache, and the nine taps of a convolution are then nine reads from L2: which shape is
+    best depends on it.
+    """
+    for under_way in (1, 2, 3, 4):
+        yield *tile[:4], under_way, *tile[5:]
+
+
 def shapes(entry: Entry, tile: Tile) -> Iterator[Tile]:
     """`tile` with other pixels, inputs and outputs at a time."""
     table, (ci, co) = entry
@@ -59,8 +70,8 @@ def shapes(entry: Entry, tile: Tile) -> Iterator[Tile]:
 def schedules(entry: Entry, tile: Tile) -> Iterator[Tile]:
     """`tile` with other warps and rounds under way, and for the weight's gradient other pixels added up."""
     adds = [(each,) for each in (128, 256, 512, 1024, 2048) if each % tile[0] == 0] if len(tile) > 5 else [()]
-    for warps, rounds, each in itertools.product((2, 4, 8), (1, 2, 3, 4), adds):
-        yield *tile[:3], warps, rounds, *each
+    for warps, (_, _, _, _, under_way, *_), each in itertools.product((2, 4, 8), rounds(entry, tile), adds):
+        yield *tile[:3], warps, under_way, *each
 
 
 def descend(
@@ -74,7 +85,7 @@ def descend(
 
     `measure` gives the milliseconds of some tiles, None if they do not fit; `ready` is told all that will be asked for.
     """
-    for vary in (shapes, schedules):
+    for vary in (rounds, shapes, schedules):
         tried = {entry: [t for t in vary(entry, tile) if t != tile] for entry, tile in tiles.items()}
         ready(tried)
         for entry, candidates in tried.items():

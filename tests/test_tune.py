@@ -36,13 +36,13 @@ tune = load()
 TILES = {(table, channels): tile for table in tune.TABLES for channels, tile in getattr(fused, table).items()}
 
 
-@pytest.mark.parametrize("vary", [tune.shapes, tune.schedules])
+@pytest.mark.parametrize("vary", [tune.rounds, tune.shapes, tune.schedules])
 @pytest.mark.parametrize("entry", [entry for entry in TILES if entry[1][0] != 1], ids=str)  # colour images
 def test_candidates_are_tiles_that_the_kernels_can_take(entry: Any, vary: Any) -> None:
     """Powers of two, outputs that divide the channels, no side below the 16 of a matrix unit, whole sums."""
     table, (ci, co) = entry
     candidates = list(vary(entry, TILES[entry]))
-    assert len(candidates) == len(set(candidates)) > 5
+    assert len(candidates) == len(set(candidates)) > 3
     for pixels, inputs, outputs, warps, rounds, *each in candidates:
         assert all(n & (n - 1) == 0 for n in (pixels, inputs, outputs, warps, *each))
         assert pixels >= 32 and inputs >= 16 and outputs >= 16 and 1 <= rounds <= 4
@@ -98,9 +98,19 @@ def test_descend_finds_the_fastest_and_passes_over_what_does_not_fit() -> None:
             assert vary is tune.shapes or (cost(tile), tile) == min(fits)
             assert cost(tile) <= min(fits)[0]  # type: ignore[operator]
         assert tile != TILES[entry]
-    assert [entry for entry, _, _ in reports] == [*tiles, *tiles]
+    assert [entry for entry, _, _ in reports] == [*tiles, *tiles, *tiles]
     times = [took for _, took, _ in reports]
     assert times == sorted(times, reverse=True) and times[-1] == sum(cost(tile) for tile in tiles.values())  # type: ignore[misc]
+
+
+def test_a_shape_is_judged_with_the_best_rounds() -> None:
+    def cost(tile: tuple[int, ...]) -> float:
+        pixels, rounds = tile[0], tile[4]
+        return 1 + pixels / 1000 if rounds == 1 else 3 - pixels / 1000
+
+    tiles, _, _ = descend(cost)
+    for entry, tile in tiles.items():
+        assert tile[4] == 1 and tile[0] == min(t[0] for t in tune.shapes(entry, tile))
 
 
 def test_a_time_that_was_short_by_chance_changes_nothing() -> None:
