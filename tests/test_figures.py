@@ -273,15 +273,14 @@ def test_heat_map_shows_the_paper_beside_ours(dataset, lowest):
     assert bold(left) == lowest == theirs.min(axis=0).tolist()
     np.testing.assert_allclose(cells(right), theirs + 1, atol=0.006)
     assert bold(right) == pytest.approx([error + 1 for error in lowest])
+    low, high = theirs.min(axis=0), cells(right).max(axis=0)  # ours are the higher
     for ax in (left, right):  # shaded from 0, the column's lowest, to 1, its highest
-        errors = cells(ax)
-        shades = (errors - errors.min(axis=0)) / (errors.max(axis=0) - errors.min(axis=0))
+        shades = (cells(ax) - low) / (high - low)
         np.testing.assert_allclose(ax.images[0].get_array(), shades, atol=0.01)
         underlines = sorted(np.mean(line.get_xdata()) for line in ax.get_lines() if line.get_color() == figures.BLACK)
         assert underlines == pytest.approx([0, 1, 2, 3, 4])
         assert [label.get_text() for label in ax.get_xticklabels()] == ["200", "100", "50", "20", "10"]
-    low, high = figures.SHADES(0.0), figures.SHADES(1.0)
-    assert sum(low[:3]) > sum(high[:3])  # light is low
+    assert sum(figures.SHADES(0.0)[:3]) > sum(figures.SHADES(1.0)[:3])  # light is low
 
 
 def test_heat_map_hatches_what_was_not_run():

@@ -242,8 +242,8 @@ def fig7(runs: pd.DataFrame, curves: pd.DataFrame, table: pd.DataFrame) -> Figur
 def grid(name: str, runs: pd.DataFrame, grids: pd.DataFrame) -> Figure | None:
     """Figs. 8, 9 and 10 (cifar10_lt, cifar20_lt, cifar100_lt): errors of 25 settings at five imbalance factors.
 
-    The paper's table and ours, each shaded by column, light is low, the lowest bold and underlined. A cell that was not
-    run is hatched.
+    The paper's table and ours, shaded alike by column, light is low, the lowest of each bold and underlined. A cell
+    that was not run is hatched.
     """
     wanted = [Setting(name, factor, *loss, beta) for loss in LOSSES for beta in BETAS for factor in FACTORS]
     found, _, _ = one_dtype(done_runs(runs), wanted)
@@ -251,8 +251,10 @@ def grid(name: str, runs: pd.DataFrame, grids: pd.DataFrame) -> Figure | None:
         return None
     figure = Figure((PAGE, 5.4))
     left, right = figure.subplots(1, 2, sharey=True)
-    for ax, errors in ((left, _printed(grids)), (right, _means(found))):
-        _heat(ax, np.reshape([errors.get(setting, np.nan) for setting in wanted], (25, 5)))
+    sources = (_printed(grids), _means(found))
+    both = np.reshape([[errors.get(setting, np.nan) for setting in wanted] for errors in sources], (2, 25, 5))
+    for ax, errors in zip((left, right), both, strict=True):  # shaded alike: few of ours may differ by next to nothing
+        _heat(ax, errors, np.nanmin(both, axis=(0, 1)), np.nanmax(both, axis=(0, 1)))
     left.set_title(f"{_title(name)}: paper")
     right.set_title(f"Ours: {_size(found, wanted)}")
     left.set_yticks(range(25), [f"{beta:g}" for _ in LOSSES for beta in BETAS])
@@ -260,21 +262,21 @@ def grid(name: str, runs: pd.DataFrame, grids: pd.DataFrame) -> Figure | None:
     for i, (label, _, _) in enumerate(LOSSES.values()):  # between the label of the axis and those of its ticks
         at = {"xycoords": left.get_yaxis_transform(), "xytext": (-36, 0), "textcoords": "offset points"}
         left.annotate(label, (0, 5 * i + 2), **at, rotation=90, ha="center", va="center")
-    note = "Test error, %. Shaded by column, light is low; the lowest is underlined; hatched: not run."
+    note = "Test error, %. Shaded by column, alike in both, light is low; the lowest is underlined; hatched: not run."
     figure.supxlabel(note, fontsize=7)
     return figure
 
 
-def _heat(ax: Axes, errors: np.ndarray) -> None:
-    """One table of `grid`: errors (25, 5) in %, NaN where there is none."""
+def _heat(ax: Axes, errors: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """One table of `grid`: errors (25, 5) in %, NaN where there is none; shades go from low (5,) to high (5,)."""
     present = np.ma.masked_invalid(errors)
-    low, high = present.min(axis=0), present.max(axis=0)  # (5,)
-    ax.imshow((present - low) / np.ma.maximum(high - low, 1e-9), cmap=SHADES, vmin=0, vmax=1, aspect="auto")
+    least = present.min(axis=0)  # (5,)
+    ax.imshow((present - low) / (high - low), cmap=SHADES, vmin=0, vmax=1, aspect="auto")
     for (i, j), error in np.ndenumerate(errors):
         if np.isnan(error):
             ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", linewidth=0))
             continue
-        lowest = error == low[j]
+        lowest = error == least[j]
         ax.text(j, i, f"{error:.2f}", ha="center", va="center", weight="bold" if lowest else "normal")
         if lowest:
             ax.plot([j - 0.28, j + 0.28], [i + 0.32] * 2, color=BLACK, linewidth=0.8)
