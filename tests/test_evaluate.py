@@ -299,7 +299,8 @@ def test_a_terminal_gets_ruled_tables_with_nothing_cut(
     done: Path, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = printed(done).split()
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the pipe for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the pipe for a terminal, which is no dumb one
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "30")
     text = printed(done)
     assert "\x1b[1m" in text and "─────" in text
