@@ -408,6 +408,7 @@ def test_a_programming_error_is_not_taken_for_damage(prepared, monkeypatch):
 
 
 def test_a_worker_that_dies_is_one_sentence_and_no_hang(prepared, monkeypatch):
+    monkeypatch.setattr(streaming, "_TIMEOUT", 20)  # what it takes when the signal of the death comes at a bad moment
     read = streaming.Decoder.read
     monkeypatch.setattr(streaming.Decoder, "read", lambda self, r: os._exit(1) if r.number == 13 else read(self, r))
     this = loader(prepared, 2)

@@ -44,7 +44,7 @@ ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
 _TRIES = 10  # crops drawn before falling back to the largest central one, as in torchvision
 _UNIFORMS = 2 * _TRIES + 3  # numbers drawn per image, whatever is done with them
 _IN_A_ROW = 100  # unreadable images next to each other are no accident
-_TIMEOUT = 300  # seconds without a batch
+_TIMEOUT = 300  # seconds without a batch; a worker's death is seen at once, but for one just as the wait begins
 _LOST = ("DataLoader worker (pid", "DataLoader timed out", "Pin memory thread")  # torch's words for a dead or stuck one
 
 
