@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import runpy
+import signal
 import sys
 import time
 import types
@@ -407,22 +408,45 @@ def test_a_programming_error_is_not_taken_for_damage(prepared, monkeypatch):
         list(loader(prepared, on_damaged="skip").training(0, 0, 4))
 
 
-def test_a_worker_that_dies_is_one_sentence_and_no_hang(prepared, monkeypatch):
-    monkeypatch.setattr(streaming, "_TIMEOUT", 20)  # what it takes when the signal of the death comes at a bad moment
-    read = streaming.Decoder.read
-    monkeypatch.setattr(streaming.Decoder, "read", lambda self, r: os._exit(1) if r.number == 13 else read(self, r))
+@pytest.mark.parametrize("when", ["before the first batch", "in a step", "between epochs"])
+def test_a_worker_that_dies_is_one_sentence_and_no_hang(prepared, monkeypatch, when):
+    """Wherever it happens: torch's own signal handler would raise in the middle of a step."""
+    if when == "before the first batch":
+        read = streaming.Decoder.read
+        monkeypatch.setattr(streaming.Decoder, "read", lambda self, r: os._exit(1) if r.number == 13 else read(self, r))
     this = loader(prepared, 2)
-    began = time.monotonic()
+    batches, began = this.training(0, 0, 2), time.monotonic()
+    if when != "before the first batch":
+        next(batches)
+        if when == "between epochs":
+            list(batches)
+            batches = this.training(0, 1, 2)
+        os.kill(this._loader._iterator._workers[0].pid, signal.SIGKILL)
+        time.sleep(0.5)  # the step, in which nothing is raised
     with pytest.raises(UserError, match=r"The loader of the train images stopped .*fewer workers") as caught:
-        list(this.training(0, 0, 4))
+        list(batches)
     assert time.monotonic() - began < 60 and "\n" not in str(caught.value)
 
 
 def test_a_worker_that_hangs_is_one_sentence(prepared, monkeypatch):
-    monkeypatch.setattr(streaming, "_TIMEOUT", 2)
+    monkeypatch.setattr(streaming, "_STUCK", 1)
     monkeypatch.setattr(streaming.Decoder, "read", lambda *_: time.sleep(60))
-    with pytest.raises(UserError, match=r"timed out after 2 seconds.*stuck on the disk"):
+    with pytest.raises(UserError, match=r"stopped .*stuck on the disk"):
         list(loader(prepared, 1).training(0, 0, 4))
+
+
+def test_a_worker_may_take_long_for_an_epoch(prepared, monkeypatch):
+    """The clock is that of one batch; and it does not run in the process that trains."""
+    read = streaming.Decoder.read
+    monkeypatch.setattr(streaming, "_STUCK", 2)
+    monkeypatch.setattr(streaming.Decoder, "read", lambda self, r: time.sleep(0.15) or read(self, r))
+    for workers in (0, 1):
+        this = loader(prepared, workers)
+        began = time.monotonic()
+        assert len(list(this.training(0, 0, 4))) == N // 4
+        assert time.monotonic() - began > 2
+        assert signal.alarm(0) == 0
+        this.close()
 
 
 # Speed, and torchvision beside another torch

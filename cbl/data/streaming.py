@@ -16,6 +16,7 @@ import contextlib
 import math
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from cbl.data.index import Index
 from cbl.errors import UserError
@@ -44,8 +45,8 @@ ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
 _TRIES = 10  # crops drawn before falling back to the largest central one, as in torchvision
 _UNIFORMS = 2 * _TRIES + 3  # numbers drawn per image, whatever is done with them
 _IN_A_ROW = 100  # unreadable images next to each other are no accident
-_TIMEOUT = 300  # seconds without a batch; a worker's death is seen at once, but for one just as the wait begins
-_LOST = ("DataLoader worker (pid", "DataLoader timed out", "Pin memory thread")  # torch's words for a dead or stuck one
+_STUCK = 300  # seconds that a worker may take for a batch
+_LOST = ("DataLoader worker (pid", "Pin memory thread")  # torch's words for a dead one
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -117,11 +118,12 @@ class Decoder:
         size = self.image_size
         images = torch.zeros(len(requests), size, size, 3, dtype=torch.uint8)
         damaged = []
-        for slot, request in enumerate(requests):
-            try:
-                images[slot] = self.read(request)
-            except Unreadable as error:
-                damaged.append((slot, request, str(error)))
+        with _ending_when_stuck():
+            for slot, request in enumerate(requests):
+                try:
+                    images[slot] = self.read(request)
+                except Unreadable as error:
+                    damaged.append((slot, request, str(error)))
         return Batch(images, torch.tensor([request.label for request in requests]), damaged)
 
     def read(self, request: Request) -> torch.Tensor:
@@ -163,6 +165,22 @@ def _reading() -> Iterator[None]:
         yield
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise Unreadable(str(error) or type(error).__name__) from None
+
+
+@contextlib.contextmanager
+def _ending_when_stuck() -> Iterator[None]:
+    """Ends a worker that takes `_STUCK` seconds, which `Loader` then sees; in the process that trains, nothing.
+
+    Not by the DataLoader's `timeout`: with one, it no longer looks every five seconds whether its workers live.
+    """
+    if get_worker_info() is None:
+        yield
+        return
+    signal.alarm(_STUCK)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def _draw(seed: int, epoch: int, number: int) -> np.ndarray:
@@ -220,7 +238,6 @@ class Loader:
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            timeout=_TIMEOUT if workers else 0,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # so that it does not draw from everybody's
             prefetch_factor=prefetch if workers else None,
@@ -278,11 +295,13 @@ class Loader:
         self._epoch = mine = object()
         assert self._loader is not None, "the loader is closed"
         self._queue.batches = ([self._request(number, key) for number in batch] for batch in batches)
-        received = iter(self._loader)
+        with self._workers_needed():
+            received = _iterator(self._loader)
         for _ in batches:
             if self._epoch is not mine:
                 raise RuntimeError("Another epoch of this loader was started, which ended this one.")
-            images, labels, damaged = self._next(received)
+            with self._workers_needed():
+                images, labels, damaged = next(received)
             if damaged:
                 images, labels = self._mend(images, labels, damaged)
             if len(labels):
@@ -291,9 +310,11 @@ class Loader:
     def _request(self, number: int, key: tuple[int, int] | None) -> Request:
         return Request(int(number), self.index.paths[number], int(self.index.labels[number]), key)
 
-    def _next(self, received: Iterator[Batch]) -> Batch:
+    @contextlib.contextmanager
+    def _workers_needed(self) -> Iterator[None]:
+        """A worker lost is one sentence."""
         try:
-            return next(received)
+            yield
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _LOST):
                 raise
@@ -341,10 +362,26 @@ class Loader:
             print(f"Skipped, cannot be read: {path} ({reason}); {len(self.damaged)} so far.", file=sys.stderr)
 
 
+def _iterator(loader: DataLoader) -> Iterator[Batch]:
+    """`iter(loader)`, without the signal handler that torch sets there.
+
+    It raises wherever the process happens to be when a worker dies, most often in the middle of a step. The next batch
+    says so as well, in five seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where torch sets none
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
 def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of `_ending_when_stuck`
     warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, thousands of times
