@@ -45,8 +45,11 @@ def draw_subset(labels: ArrayLike, counts: ArrayLike, seed: int) -> Indices:
     One RandomState(seed) shuffles the indices of each class in label order, and the first counts[c] are kept. At seed 0
     on CIFAR, in the order of the official files, this is the subset most later long-tailed papers use. Fewer images of
     a class are always contained in more of them under the same seed.
-    Raises ValueError when a class has too few images, or a label has no count.
+    Raises ValueError when a class has too few images, a label has no count, or counts is a pandas Series, which has an
+    order of its own.
     """
+    if hasattr(counts, "iloc"):
+        raise ValueError("counts are a pandas object, which need not be in class order: .sort_index().to_numpy() is.")
     labels = np.asarray(labels)
     counts = np.asarray(counts)
     outside = labels[(labels < 0) | (labels >= len(counts))]

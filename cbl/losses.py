@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 KINDS = ("softmax", "sigmoid", "focal")
 REDUCTIONS = ("batch", "weight_sum", "none")
+NO_SIGN = torch.iinfo(torch.int64).max  # every bit but the sign
 
 
 def effective_number(counts: Sequence[int] | Tensor, beta: float) -> Tensor:
     """Effective number of samples E_n = (1 - β^n) / (1 - β) of every class (paper, Proposition 1).
 
-    counts: training images per class, (C,) whole numbers >= 1 as a list, numpy array or tensor.
+    counts: training images per class, (C,) whole numbers >= 1 as a list, numpy array or tensor, in class order. A
+        pandas Series has an order of its own and is refused.
     beta: in [0, 1]; 0 gives E_n = 1, and 1 gives the limit E_n = n.
     Returns a (C,) float64 tensor on the CPU, right to a few units in the last place for the double `beta`.
     Raises ValueError for counts or a beta outside these ranges.
@@ -61,6 +63,8 @@ def focal_loss(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
 
     γ = 0 gives `sigmoid_loss` to the bit. Loss and gradient stay finite for |logit| up to 1e4 and beyond.
     """
+    if gamma == 0:
+        return sigmoid_loss(logits, target)  # below, a class masked with -inf would make 0 · -inf = NaN of γ = 0
     z = _signed(logits, target)  # (B, C)
     # 1 - p = σ(-z), so (1 - p)^γ = exp(γ·logsigmoid(-z)). The authors' form holds an exp(-z) that overflows at z < -88:
     # a badly wrong sample then loses its modulator and gets a gradient of NaN.
@@ -81,7 +85,8 @@ class ClassBalancedLoss(nn.Module):
     Half-precision logits are taken to float32 first, under autocast too; float64 logits stay float64.
 
     Raises ValueError for bad arguments, for shapes that do not fit, for an empty batch, and for targets outside
-    0..C-1 where looking at them is free: on CPU tensors outside torch.compile. There is no ignored class index.
+    0..C-1 where looking at them is free: on CPU tensors outside torch.compile. Elsewhere the kernel that looks up the
+    weights fails on them. There is no ignored class index.
     """
 
     weights: Tensor
@@ -118,7 +123,9 @@ class ClassBalancedLoss(nn.Module):
             losses = sigmoid_loss(logits, target)
         else:
             losses = focal_loss(logits, target, self.gamma)
-        weights = self.weights[target]  # (B,): every sample is weighted by its own class
+        # Not by indexing, which counts a negative label from the end; an older torch.compile does so for gather too.
+        index = target.long() & NO_SIGN if torch.compiler.is_compiling() else target.long()
+        weights = self.weights.gather(0, index)  # (B,): every sample is weighted by its own class
         weighted = weights * losses
         if self.reduction == "none":
             return weighted
@@ -142,7 +149,7 @@ class ClassBalancedLoss(nn.Module):
             raise ValueError(
                 f"target must have shape ({logits.shape[0]},), one class index per sample, got {tuple(target.shape)}."
             )
-        if target.is_floating_point() or target.dtype == torch.bool:
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise ValueError(f"target must hold integer class indices, got {target.dtype}.")
         if logits.device != self.weights.device:
             raise ValueError(
@@ -150,7 +157,7 @@ class ClassBalancedLoss(nn.Module):
             )
         # Reading values synchronises a GPU and breaks the graph under torch.compile; on the CPU it is all but free.
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in target.aminmax())
+            low, high = (int(bound) for bound in target.long().aminmax())  # uint16 to uint64 have none
             if low < 0 or high >= classes:
                 wrong = low if low < 0 else high
                 raise ValueError(f"target must lie in 0..{classes - 1} for {classes} class counts, got {wrong}.")
@@ -165,7 +172,16 @@ def _lies(low: float, value: float, high: float) -> bool:
 
 def _checked_counts(counts: Sequence[int] | Tensor) -> Tensor:
     """(C,) float64 on the CPU, or ValueError naming what is not a count."""
+    if hasattr(counts, "iloc"):
+        raise ValueError(
+            f"counts must be in class order, which a pandas {type(counts).__name__} need not be (value_counts puts the "
+            "largest class first); write .sort_index().to_numpy()."
+        )
     try:
+        # As a list, since torch takes an array's memory as it is: it refuses negative strides and foreign byte orders,
+        # and warns of memory that is read-only, as pandas hands it out.
+        if hasattr(counts, "tolist") and not isinstance(counts, Tensor):
+            counts = counts.tolist()
         checked = torch.as_tensor(counts, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"counts must be a flat list of whole numbers, one per class, got {counts!r}.") from error

@@ -210,3 +210,10 @@ def test_every_class_is_in_one_group_and_terciles_are_even(counts):
     assert max(sizes) - min(sizes) <= 1
     many, medium, few = (np.array(counts)[members] for members in groups.values())
     assert many.min() >= medium.max() and medium.min() >= few.max()
+
+
+def test_counts_in_an_order_of_their_own_are_refused() -> None:
+    labels = pytest.importorskip("pandas").Series([1, 1, 1, 0, 0])
+    with pytest.raises(ValueError, match=r"need not be in class order: \.sort_index\(\)\.to_numpy\(\) is\.$"):
+        draw_subset(labels, labels.value_counts(), 0)
+    assert draw_subset(labels, labels.value_counts().sort_index().to_numpy(), 0).tolist() == [0, 1, 2, 3, 4]

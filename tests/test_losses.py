@@ -204,6 +204,19 @@ def test_focal_at_gamma_0_is_sigmoid_to_the_bit_with_its_gradient():
     assert torch.equal(*(torch.autograd.grad(loss.sum(), logits)[0] for loss in (focal, sigmoid)))
 
 
+@pytest.mark.parametrize("gamma", [0, 0.0, 0.5, 1.0, 2.0])
+def test_a_class_masked_with_minus_infinity_adds_nothing_to_focal(gamma):
+    logits = torch.tensor([[0.5, -math.inf, -2.0], [3.0, 1.0, -math.inf]], requires_grad=True)
+    target = torch.tensor([0, 1])
+    losses = focal_loss(logits, target, gamma)
+    gradient = torch.autograd.grad(losses.sum(), logits)[0]
+    kept = torch.tensor([[0.5, -2.0], [3.0, 1.0]], requires_grad=True)
+    expected = focal_loss(kept, target, gamma)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradient[logits.isfinite()], torch.autograd.grad(expected.sum(), kept)[0].flatten())
+    assert (gradient[logits.isinf()] == 0).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_beta_0_is_the_unweighted_loss_to_the_bit(kind):
     unweighted = {"softmax": softmax_loss, "sigmoid": sigmoid_loss, "focal": lambda z, y: focal_loss(z, y, 1.0)}[kind]
@@ -310,6 +323,16 @@ def test_compiled_by_inductor_it_gives_the_same_numbers(kind):
         )
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("label", [-1, -100, 100])  # -1 and -100 count from the end, -100 is ignored by F.cross_entropy
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_out_of_range_is_not_trained_on_under_torch_compile(kind, label, backend):
+    torch.compiler.reset()
+    loss = torch.compile(ClassBalancedLoss([7] * 100, kind), fullgraph=True, backend=backend)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        loss(torch.zeros(4, 100), torch.tensor([0, label, 1, 2]))
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
@@ -342,13 +365,46 @@ def test_the_weights_are_a_float32_buffer_that_no_checkpoint_overwrites():
 
 
 @pytest.mark.parametrize(
-    "counts", [(100, 10, 1), np.array(COUNTS), np.array(COUNTS, dtype=np.float32), torch.tensor(COUNTS)]
+    "counts",
+    [
+        (100, 10, 1),
+        np.array(COUNTS),
+        np.array(COUNTS, dtype=np.float32),
+        np.array(COUNTS, dtype=">i8"),
+        np.sort(COUNTS)[::-1],
+        np.array(COUNTS, dtype=object),
+        list(np.array(COUNTS)),
+        torch.tensor(COUNTS),
+    ],
 )
 def test_counts_may_be_any_sequence_of_whole_numbers(counts):
     assert torch.equal(class_balanced_weights(counts, 0.9), class_balanced_weights(COUNTS, 0.9))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.filterwarnings("error")
+def test_counts_may_be_read_only_as_pandas_hands_them_out():
+    counts = np.array(COUNTS)
+    counts.setflags(write=False)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else torch warns once in a process
+    try:
+        assert torch.equal(class_balanced_weights(counts, 0.9), class_balanced_weights(COUNTS, 0.9))
+    finally:
+        torch.set_warn_always(always)
+
+
+def test_counts_in_the_order_of_a_pandas_series_are_refused():
+    labels = pytest.importorskip("pandas").Series([2, 2, 2, 0, 0, 1])
+    counts = labels.value_counts()
+    with pytest.raises(ValueError, match=r"^counts must be in class order.*Series.*write \.sort_index\(\)\.to_numpy"):
+        class_balanced_weights(counts, 0.9)
+    ordered = class_balanced_weights(counts.sort_index().to_numpy(), 0.9)
+    assert torch.equal(ordered, class_balanced_weights([2, 1, 3], 0.9))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64]
+)
 def test_targets_of_any_integer_type_are_indices(dtype):
     for kind in KINDS:
         loss = ClassBalancedLoss(COUNTS, kind)
@@ -384,6 +440,9 @@ def test_repr_says_what_it_computes():
         ({"counts": "abc"}, "'abc'"),
         ({"counts": {0: 5}}, "{0: 5}"),
         ({"counts": [1, None]}, "None"),
+        ({"counts": np.array(["5", "3"])}, "'5'"),
+        ({"counts": np.array([5, None])}, "None"),
+        ({"counts": np.ma.array([5, 3], mask=[0, 1])}, "None"),
         ({"beta": "0.9"}, r"^beta must be a number in \[0, 1\], got '0.9'; the paper uses"),
         ({"beta": None}, "^beta must be a number .* got None"),
         ({"beta": [0.9, 0.99]}, r"^beta must be a number .* got \[0.9, 0.99\]"),
@@ -409,7 +468,9 @@ def test_bad_arguments_are_named(arguments, named):
         (LOGITS, F.one_hot(TARGET, 3), r"\(4, 3\)"),
         (LOGITS, TARGET.float(), "float32"),
         (LOGITS, TARGET > 0, "bool"),
+        (LOGITS, TARGET.to(torch.complex64), "complex64"),
         (LOGITS, torch.tensor([0, 1, 3, 2]), r"0\.\.2.*got 3"),
+        (LOGITS, torch.tensor([0, 1, 3, 2], dtype=torch.uint16), r"0\.\.2.*got 3"),
         (LOGITS, torch.tensor([0, -100, 1, 2]), "got -100"),
         (LOGITS.to("meta"), TARGET.to("meta"), "meta.*cpu"),
     ],
