@@ -395,8 +395,19 @@ def test_damaged_images_may_be_skipped_in_evaluation(prepared):
 
 def test_a_disk_that_is_gone_is_not_skipped_for_ever(prepared):
     prepared.images.rename(prepared.images.with_name("gone"))
-    with pytest.raises(UserError, match="and the images after it cannot be read: is the disk still there"):
-        list(loader(prepared, on_damaged="skip").training(0, 0, 4))
+    for batches in (
+        loader(prepared, on_damaged="skip").training(0, 0, 4),
+        loader(prepared, on_damaged="skip").evaluation(4),
+    ):
+        with pytest.raises(UserError, match=r"23 of the 23 .* images cannot be read, .* is the disk still there"):
+            list(batches)
+
+
+def test_an_evaluation_of_few_of_the_images_is_none(prepared, monkeypatch):
+    monkeypatch.setattr(streaming, "_IN_A_ROW", 4)
+    break_images(prepared, range(0, 10, 2))
+    with pytest.raises(UserError, match=r"5 of the 23 .* images cannot be read"):
+        list(loader(prepared, on_damaged="skip").evaluation(4))
 
 
 def test_a_programming_error_is_not_taken_for_damage(prepared, monkeypatch):
@@ -423,30 +434,41 @@ def test_a_worker_that_dies_is_one_sentence_and_no_hang(prepared, monkeypatch, w
             batches = this.training(0, 1, 2)
         os.kill(this._loader._iterator._workers[0].pid, signal.SIGKILL)
         time.sleep(0.5)  # the step, in which nothing is raised
-    with pytest.raises(UserError, match=r"The loader of the train images stopped .*fewer workers") as caught:
+    with pytest.raises(UserError, match=r"The loader of the train images stopped .*fewer engine.workers") as caught:
         list(batches)
     assert time.monotonic() - began < 60 and "\n" not in str(caught.value)
 
 
 def test_a_worker_that_hangs_is_one_sentence(prepared, monkeypatch):
-    monkeypatch.setattr(streaming, "_STUCK", 1)
+    monkeypatch.setattr(streaming, "_TICK", 1)
+    monkeypatch.setattr(streaming, "_PATIENCE", 2)
     monkeypatch.setattr(streaming.Decoder, "read", lambda *_: time.sleep(60))
-    with pytest.raises(UserError, match=r"stopped .*stuck on the disk"):
+    with pytest.raises(UserError, match=r"no batch came for 2 seconds; is the disk of .* still there"):
         list(loader(prepared, 1).training(0, 0, 4))
 
 
-def test_a_worker_may_take_long_for_an_epoch(prepared, monkeypatch):
-    """The clock is that of one batch; and it does not run in the process that trains."""
+def test_a_slow_worker_is_waited_for(prepared, monkeypatch):
+    """Longer than a tick for a batch; also for those of an epoch that was given up, when the next one begins."""
+    expected = collect(loader(prepared).training(0, 1, 4))
     read = streaming.Decoder.read
-    monkeypatch.setattr(streaming, "_STUCK", 2)
-    monkeypatch.setattr(streaming.Decoder, "read", lambda self, r: time.sleep(0.15) or read(self, r))
-    for workers in (0, 1):
-        this = loader(prepared, workers)
-        began = time.monotonic()
-        assert len(list(this.training(0, 0, 4))) == N // 4
-        assert time.monotonic() - began > 2
-        assert signal.alarm(0) == 0
-        this.close()
+    monkeypatch.setattr(streaming, "_TICK", 1)
+    monkeypatch.setattr(streaming.Decoder, "read", lambda self, r: time.sleep(0.5) or read(self, r))
+    this = loader(prepared, 2)
+    next(this.training(0, 0, 4))
+    images, labels = collect(this.training(0, 1, 4))
+    assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
+    this.close()
+
+
+def test_shared_memory_that_is_full_is_one_sentence(prepared, monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match=r"no shared memory \(/dev/shm\) left .*--shm-size") as caught:
+        list(loader(prepared, 2).training(0, 0, 4))
+    assert "\n" not in str(caught.value)
+    assert len(list(loader(prepared, 0).training(0, 0, 4))) == N // 4  # which needs none
 
 
 # Speed, and torchvision beside another torch

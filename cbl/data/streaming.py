@@ -13,6 +13,7 @@ the network's input, libjpeg also decodes at half, quarter or eighth size, and t
 """
 
 import contextlib
+import functools
 import math
 import signal
 import sys
@@ -44,9 +45,11 @@ AREA = (0.08, 1.0)  # of the crop, as a share of the image
 ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
 _TRIES = 10  # crops drawn before falling back to the largest central one, as in torchvision
 _UNIFORMS = 2 * _TRIES + 3  # numbers drawn per image, whatever is done with them
-_IN_A_ROW = 100  # unreadable images next to each other are no accident
-_STUCK = 300  # seconds that a worker may take for a batch
-_LOST = ("DataLoader worker (pid", "Pin memory thread")  # torch's words for a dead one
+_IN_A_ROW = 100  # unreadable images next to each other are no accident, nor are so many that are 1 % of a set
+_TICK = 5  # seconds between two looks whether the workers live
+_PATIENCE = 300  # seconds without a batch
+_LOST = ("DataLoader worker (pid", "Pin memory thread")  # torch's words for a dead worker
+_LATE = "DataLoader timed out"  # and when a tick is over
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -118,13 +121,18 @@ class Decoder:
         size = self.image_size
         images = torch.zeros(len(requests), size, size, 3, dtype=torch.uint8)
         damaged = []
-        with _ending_when_stuck():
-            for slot, request in enumerate(requests):
-                try:
-                    images[slot] = self.read(request)
-                except Unreadable as error:
-                    damaged.append((slot, request, str(error)))
-        return Batch(images, torch.tensor([request.label for request in requests]), damaged)
+        for slot, request in enumerate(requests):
+            try:
+                images[slot] = self.read(request)
+            except Unreadable as error:
+                damaged.append((slot, request, str(error)))
+        labels = torch.tensor([request.label for request in requests])
+        if get_worker_info() is not None:  # here, as the thread that hands it over would drop a batch it cannot share
+            try:
+                images.share_memory_(), labels.share_memory_()
+            except RuntimeError as error:
+                raise NoSharedMemory(str(error)) from None
+        return Batch(images, labels, damaged)
 
     def read(self, request: Request) -> torch.Tensor:
         """(S, S, 3) uint8; raises `Unreadable` for a file that is missing, truncated or no image."""
@@ -159,28 +167,16 @@ class Unreadable(Exception):
     """An image file that cannot be decoded, and why."""
 
 
+class NoSharedMemory(Exception):
+    """A worker has no room for a batch where the process that trains could read it."""
+
+
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise Unreadable(str(error) or type(error).__name__) from None
-
-
-@contextlib.contextmanager
-def _ending_when_stuck() -> Iterator[None]:
-    """Ends a worker that takes `_STUCK` seconds, which `Loader` then sees; in the process that trains, nothing.
-
-    Not by the DataLoader's `timeout`: with one, it no longer looks every five seconds whether its workers live.
-    """
-    if get_worker_info() is None:
-        yield
-        return
-    signal.alarm(_STUCK)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
 
 
 def _draw(seed: int, epoch: int, number: int) -> np.ndarray:
@@ -231,18 +227,21 @@ class Loader:
         self._decoder = Decoder(index.images, image_size)
         self._queue = _Queue()
         self._epoch: object = None  # whose turn it is
-        self._loader: DataLoader | None = DataLoader(
+        self._new = functools.partial(
+            DataLoader,
             self._decoder,  # type: ignore[arg-type]  # indexed by requests, one batch each
             batch_size=None,
             sampler=self._queue,
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=workers,
             pin_memory=device.type == "cuda",
+            timeout=_TICK if workers else 0,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # so that it does not draw from everybody's
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
         )
+        self._loader: DataLoader | None = self._new()
 
     def training(
         self,
@@ -295,13 +294,11 @@ class Loader:
         self._epoch = mine = object()
         assert self._loader is not None, "the loader is closed"
         self._queue.batches = ([self._request(number, key) for number in batch] for batch in batches)
-        with self._workers_needed():
-            received = _iterator(self._loader)
+        received = self._begin()
         for _ in batches:
             if self._epoch is not mine:
                 raise RuntimeError("Another epoch of this loader was started, which ended this one.")
-            with self._workers_needed():
-                images, labels, damaged = next(received)
+            images, labels, damaged = self._next(received)
             if damaged:
                 images, labels = self._mend(images, labels, damaged)
             if len(labels):
@@ -310,19 +307,49 @@ class Loader:
     def _request(self, number: int, key: tuple[int, int] | None) -> Request:
         return Request(int(number), self.index.paths[number], int(self.index.labels[number]), key)
 
+    def _begin(self) -> Iterator[Batch]:
+        with self._workers_needed():
+            try:
+                return _iterator(self._loader)
+            except RuntimeError as error:
+                if _LATE not in str(error):
+                    raise
+            self._loader = self._new()  # the workers were still at an epoch that was given up
+            return _iterator(self._loader)
+
+    def _next(self, received: Iterator[Batch]) -> Batch:
+        with self._workers_needed():
+            for _ in range(math.ceil(_PATIENCE / _TICK)):  # ticks, not a clock: a process may be stopped for a while
+                try:
+                    return next(received)
+                except RuntimeError as error:
+                    if _LATE not in str(error):
+                        raise
+        self.close()
+        raise UserError(
+            f"The loader of the {self.index.split} images stopped: no batch came for {_PATIENCE} seconds; is the disk "
+            f"of {self.index.images} still there, and not too slow?"
+        )
+
     @contextlib.contextmanager
     def _workers_needed(self) -> Iterator[None]:
         """A worker lost is one sentence."""
         try:
             yield
+        except NoSharedMemory:
+            self.close()
+            raise UserError(
+                f"The loader of the {self.index.split} images stopped: its workers have no shared memory (/dev/shm) "
+                "left for their batches; give the machine more (docker run --shm-size=8g), or use fewer "
+                "engine.workers."
+            ) from None
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _LOST):
                 raise
             self.close()
             raise UserError(
                 f"The loader of the {self.index.split} images stopped ({' '.join(str(error).split())}): a worker was "
-                "killed, most often for want of memory or shared memory (/dev/shm), or stuck on the disk; use fewer "
-                "workers or give the machine more."
+                "killed, most often for want of memory; use fewer engine.workers or give the machine more."
             ) from error
 
     def _mend(
@@ -359,6 +386,11 @@ class Loader:
             )
         if request.path not in self.damaged:
             self.damaged[request.path] = reason
+            if (count := len(self.damaged)) > max(_IN_A_ROW, len(self.index) // 100) or count == len(self.index):
+                raise UserError(
+                    f"{count:,} of the {len(self.index):,} {self.index.split} images cannot be read, {path} ({reason}) "
+                    "among them: is the disk still there?"
+                )
             print(f"Skipped, cannot be read: {path} ({reason}); {len(self.damaged)} so far.", file=sys.stderr)
 
 
@@ -383,5 +415,4 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of `_ending_when_stuck`
     warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, thousands of times
