@@ -222,6 +222,13 @@ def overrides(run: Run) -> list[str]:
     return [f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in _departures(run).items() if k not in _TOLD]
 
 
+def changes(run: Run, other: Run) -> list[str]:
+    """`["recipe.epochs=50", ...]`: how `run` differs from `other` in what can change the result, seeds left out."""
+    mine, others, values = _departures(run), _departures(other), flat(run)
+    keys = [k for k in values if k not in ("seed", "dataset.subset_seed") and mine.get(k, k) != others.get(k, k)]
+    return [f"{k}={values[k] if isinstance(values[k], str) else json.dumps(values[k])}" for k in keys]
+
+
 def _readable(run: Run) -> str:
     factor = run.dataset.imbalance_factor
     parts = [run.dataset.name, "asis" if factor is None else f"if{factor:g}", run.loss.kind]

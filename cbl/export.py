@@ -225,7 +225,7 @@ def card(facts: dict[str, Any]) -> str:
         "## Limits",
         _limits(run, facts, licence),
         "## How it was made",
-        f"At commit `{facts['commit']}` (a + means: with changes that were not committed):",
+        _commit(facts),
         _code(
             "sh",
             command(run, facts.get("processes", 1)),
@@ -277,6 +277,12 @@ def command(run: config.Run, processes: int = 1) -> str:
         told.append(shlex.quote(f"{key}={value}"))
     start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
     return " ".join([start, "scripts/train.py", *told])
+
+
+def _commit(facts: dict[str, Any]) -> str:
+    if facts["commit"] is None:  # trained outside a checkout
+        return "At an unknown commit:"
+    return f"At commit `{facts['commit']}` (a + means: with changes that were not committed):"
 
 
 def _what_it_is(run: config.Run, facts: dict[str, Any], dataset: str) -> str:

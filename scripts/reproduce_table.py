@@ -10,9 +10,12 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from command_line import one_line, output_folder, results_folder
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -30,19 +33,38 @@ TABLES = sorted(path.stem for path in (ROOT / "configs/table").glob("*.yaml"))
 
 def plan(table: str, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[config.Run]:
     """The distinct runs of configs/table/<table>.yaml, seed by seed, so that an early end leaves whole seeds."""
+    return distinct(run for run, _ in plan_pairs(table, seeds, extra))
+
+
+def distinct(runs: Iterable[config.Run]) -> list[config.Run]:
+    """Of those that are the same, the first."""
+    found: dict[str, config.Run] = {}
+    for run in runs:
+        found.setdefault(config.run_id(run), run)
+    return list(found.values())
+
+
+def plan_pairs(table: str, seeds: Sequence[int], extra: Sequence[str]) -> list[tuple[config.Run, config.Run]]:
+    """What is to be trained, and for which run of the table: the same without `extra`."""
     described = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/table/{table}.yaml"))
-    runs: dict[str, config.Run] = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         jobs: list[list[str]] = []
         for sweep in described["sweeps"]:
             for detail in [[], *([d] if isinstance(d, str) else d for d in described.get("details", []))]:
-                jobs += _expand([*sweep, *detail, *extra])
-        for seed in seeds:
-            for job, run in compose_jobs(lambda o: compose("train", o), [[*job, f"seed={seed}"] for job in jobs]):
-                if isinstance(run, UserError):
-                    raise UserError(f"{' '.join(job)}: {run}")
-                runs.setdefault(config.run_id(run), run)
-    return list(runs.values())
+                jobs += _expand([*sweep, *detail])
+        further = _expand(list(extra))
+        words = [(job, more, f"seed={seed}") for seed in seeds for job in jobs for more in further]
+        runs = _composed([[*job, *more, seed] for job, more, seed in words])
+        return list(zip(runs, _composed([[*job, seed] for job, _, seed in words]), strict=True))
+
+
+def _composed(jobs: list[list[str]]) -> list[config.Run]:
+    runs = []
+    for job, run in compose_jobs(lambda overrides: compose("train", overrides), jobs):
+        if isinstance(run, UserError):
+            raise UserError(f"{' '.join(job)}: {run}")
+        runs.append(run)
+    return runs
 
 
 def _expand(overrides: list[str]) -> list[list[str]]:
@@ -77,7 +99,8 @@ def main() -> int:
     asked = arguments()
     if any(word.lstrip("+").startswith("output_dir=") for word in asked.set):
         raise UserError("--set output_dir=… would part the runs from the table: give the folder of the runs as --runs.")
-    planned = plan(asked.table, asked.seeds, [f"engine.device={asked.device}", *asked.set])
+    pairs = plan_pairs(asked.table, asked.seeds, [f"engine.device={asked.device}", *asked.set])
+    planned = distinct(run for run, _ in pairs)
     runs = [dataclasses.replace(run, output_dir=asked.runs) for run in planned]  # not an override: any path will do
     published = store.load(results_folder(asked.results)) if asked.reuse else None
     known = set() if published is None else set(published.runs.query("status == 'done'").run_id)
@@ -104,7 +127,7 @@ def main() -> int:
     ended = train(missing, deadline) if missing else []
     if left := sum(record["status"] == "running" for record in ended):
         print(f"{left} of {len(runs)} runs are left: the same command goes on with them.")
-    render(asked, published)
+    render(asked, published, pairs)
     return exit_status(ended)
 
 
@@ -115,7 +138,9 @@ def one_thread(run: config.Run) -> config.Run:
     return dataclasses.replace(run, engine=dataclasses.replace(run.engine, threads=run.engine.threads or 1))
 
 
-def render(asked: argparse.Namespace, published: store.Store | None) -> None:
+def render(
+    asked: argparse.Namespace, published: store.Store | None, pairs: Sequence[tuple[config.Run, config.Run]]
+) -> None:
     """The table from the run folders, and from published runs where these count; shown, and written under --out."""
     from cbl.report import formats, page, tables
 
@@ -124,12 +149,56 @@ def render(asked: argparse.Namespace, published: store.Store | None) -> None:
         held = store.merge(published, held)
     for warning in held.warnings:
         print(warning, file=sys.stderr)
-    table = tables.build(asked.table, held.runs)
+    wanted, others = as_in_the_table(held.runs, pairs)
+    table = tables.build(asked.table, wanted)
+    changed = dict.fromkeys(word for run, official in pairs for word in config.changes(run, official))
+    changed = tuple(word for word in changed if not word.startswith("engine.dtype="))
+    table = dataclasses.replace(
+        table,
+        caption=f"{table.caption} Changed in every run: {' '.join(changed)}." if changed else table.caption,
+        notes=[*table.notes, *others],
+        changed=changed,
+    )
     formats.show(table)
     written = formats.write(table, asked.out / "tables")
     html = asked.out / f"{written[0].stem}.html"
     disk.write(html, page.page({asked.table: table}, held.runs))
     print("Written:", *written, html)
+
+
+def as_in_the_table(
+    runs: pd.DataFrame, pairs: Sequence[tuple[config.Run, config.Run]]
+) -> tuple[pd.DataFrame, list[str]]:
+    """The runs asked for, of any seed, in the places that they take in the table; notes on those in other dtypes.
+
+    A table looks for its own settings: without this it would not find those that --set has changed.
+    """
+    told = [
+        "dataset", "imbalance_factor", "model", "loss", "gamma", "weighting", "beta", "reduction", "overrides", "epochs"
+    ]  # fmt: skip
+
+    def settings(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in told)
+
+    rows = [{name: None if pd.isna(value) else value for name, value in row.items()} for row in runs.to_dict("records")]
+    rows = [row | {"overrides": row["overrides"] or ""} for row in rows]
+    dtypes = {run.engine.dtype for run, _ in pairs}
+    places: dict[tuple[Any, ...], dict[tuple[Any, ...], None]] = {}
+    for run, official in pairs:
+        places.setdefault(settings(records.new_record(run)), {})[settings(records.new_record(official))] = None
+    found = [
+        row | dict(zip(told, place, strict=True))
+        for row in rows
+        if row["dtype"] in dtypes
+        for place in places.get(settings(row), ())
+    ]
+    count = Counter(
+        row["dtype"]
+        for row in rows
+        if row["dtype"] not in dtypes and row["status"] == "done" and settings(row) in places
+    )
+    notes = [f"{n} done run{'s' * (n != 1)} in {dtype} left out: not asked for." for dtype, n in sorted(count.items())]
+    return pd.DataFrame(found, columns=runs.columns), notes
 
 
 def _spoken(seconds: float) -> str:

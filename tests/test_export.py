@@ -363,6 +363,9 @@ def test_card_of_other_runs(by_own_statistics: tuple[Path, Path], large_exported
     balanced = facts["config"] | {"loss": {"kind": "softmax"}}
     assert "softmax, not class-balanced (β = 0)" in export.card(facts | {"config": balanced})
     assert "torchrun --nproc-per-node=8 scripts/train.py" in export.card(facts | {"processes": 8})
+    assert "At commit `1234567` (a + means" in export.card(facts | {"commit": "1234567"})
+    outside = export.card(facts | {"commit": None})  # of any checkout
+    assert "\nAt an unknown commit:\n" in outside and "a + means" not in outside
 
 
 COMMANDS = [

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ SIGMOID_100 = (55.85, [55.27, 54.68, 57.15, 57.72])
 def run(dataset="cifar10_lt", factor=100.0, kind="softmax", gamma=None, beta=0.0, seed=0, error=30.0, **changes):
     """A row of runs.csv of a done run; `changes` are groups of its configuration, or columns."""
     groups = {key: changes.pop(key) for key in ("model", "recipe", "engine") if key in changes}
-    size = {"image_size": changes.pop("image_size")} if "image_size" in changes else {}
+    of = {key: changes.pop(key) for key in ("image_size", "root") if key in changes}
     loss = {"kind": kind, "beta": beta} | ({"gamma": gamma} if gamma else {})
-    values = {"dataset": {"name": dataset, "imbalance_factor": factor} | size, "loss": loss, "seed": seed, **groups}
+    values = {"dataset": {"name": dataset, "imbalance_factor": factor} | of, "loss": loss, "seed": seed, **groups}
     if dataset in config.LARGE:
         for key, value in config.official_large(dataset, kind).items():
             group, name = key.split(".")
@@ -376,6 +377,63 @@ def test_error_per_class_runs_from_head_to_tail():
     np.testing.assert_allclose(high - low, 2 * np.sqrt(2))  # of two runs two points apart
 
 
+def rendered(figure: Figure) -> list[str]:
+    """Warnings of drawing it, as they read."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.draw_without_rendering()
+    return [str(warning.message) for warning in caught]
+
+
+def test_names_of_own_classes_are_shown_as_they_are_or_by_their_index():
+    names = ["100% $a_$", r"$\frac$", r"a\$b $c", "größe", "中文", "two\nlines"]
+    rows = [run("folder", None, beta=beta) for beta in (0.0, 0.9)]
+    per_class = details(rows, range(len(names), 0, -1), lambda beta, seed, c: 50.0 + beta)
+    per_class["class_name"] = per_class["class_index"].map(names.__getitem__)
+    figure = figures.error_per_class(frame(rows), per_class)
+    assert rendered(figure) == []
+    labels = figure.axes[0].get_xticklabels()
+    shown = [label._preprocess_math(label.get_text().partition("\n")[0]) for label in labels]
+    assert shown == [*((name, False) for name in names[:4]), ("4", False), ("5", False)]
+
+
+def folder_run(root: str, beta: float, **more):
+    return run("folder", None, beta=beta, root=root, error_many=10.0, error_few=40.0, groups="terciles", **more)
+
+
+def test_each_own_folder_of_images_is_shown_and_named():
+    long = "/home/somebody/long_tailed_image_sets/of_the_department/2024-05/birds_of_the_garden/images_224"
+    roots = {  # as given, and as it is to be read
+        "my photos/a": "folder my photos/a",
+        "my photos/b": "folder my photos/b",
+        '$x$ "é" 中': 'folder $x$ "é" \\u4e2d',
+        "data": "folder data",
+        long: f"folder {long}",
+    }
+    rows = [folder_run(root, beta, error=30.0) for root in reversed(roots) for beta in (0.0, 0.9)]
+    rows += [folder_run("my photos/b", beta, seed=1, error=40.0) for beta in (0.0, 0.9)]
+    runs, curves = frame(rows), over_epochs(rows, lambda row, epoch: 50.0)
+    per_class = details(rows, [9, 3], lambda beta, seed, c: 50.0)
+    against_beta = figures.error_against_beta(runs)
+    errors = [ax.get_lines()[0].get_ydata()[0] for ax in against_beta.axes]
+    assert errors == [35.0 if root == "my photos/b" else 30.0 for root in sorted(roots)]
+    for figure in (
+        against_beta,
+        figures.error_per_class(runs, per_class),
+        figures.training_curves(runs, curves),
+        figures.head_against_tail(runs),
+    ):
+        assert rendered(figure) == []
+        texts = [text for text in figure.findobj(Text) if text.get_text().startswith("folder ")]
+        words = ["".join(text._preprocess_math(line)[0] for line in text.get_text().split("\n")) for text in texts]
+        for said, root in zip(words, sorted(roots), strict=True):
+            assert said.startswith((f"{roots[root]}: ", f"{roots[root]}, imbalance as it is")), said
+        boxes = [text.get_window_extent() for text in texts]
+        page = figure.bbox.padded(1)
+        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and box.y1 <= page.y1 for box in boxes)
+        assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+
+
 def test_error_per_class_takes_many_classes_in_tenths():
     rows = [run("cifar100_lt", beta=beta) for beta in (0.0, 0.9)]
     per_class = details(rows, range(500, 400, -1), lambda beta, seed, c: c + 100 * beta)
@@ -507,6 +565,22 @@ def test_moved_drops_part_from_the_official_run():
     assert ends == [(99.99, 119.99, 25.0), (139.99, 159.99, 35.0), (63.99, 199.99, 30.0)]  # from the last one before
     assert [text.get_text() for text in ax.texts] == ["25.0", "35.0"]
     assert figures.moved_drop(frame(rows[3:]), curves) is None
+
+
+def test_ablation_calls_the_range_of_few_pairs_no_interval():
+    def entries(pairs, **more):
+        """Of the legend, with so many pairs of one changed run; `more` with one of another."""
+        rows = [run(seed=seed) for seed in range(pairs)]
+        rows += [run(seed=seed, recipe={"drop": 0.1}) for seed in range(pairs)]
+        rows += [run(seed=seed, **more) for seed in range(3)] if more else []
+        figure = figures.ablation(frame(rows))
+        assert figure.legends[0].get_window_extent().width < figure.bbox.width
+        return [text.get_text() for text in figure.legends[0].get_texts()[2:]]
+
+    assert entries(3) == ["range of the 3 pairs holds zero"]
+    assert entries(4) == ["95 % interval holds zero"]
+    assert entries(1) == ["one pair of runs"]
+    assert entries(4, model={"init": "kaiming"}) == ["95 % interval (of 3 pairs their range) holds zero"]
 
 
 def test_ablation_has_a_mark_for_each_change_coloured_where_the_interval_leaves_out_zero():

@@ -88,6 +88,13 @@ def test_every_cell_is_there_with_its_runs(written: str, built: dict[str, Table]
     assert sum("not run (n = 0)" in (cell["title"] or "") for cell in ours) == len(cells(written, "gap"))
 
 
+@pytest.mark.parametrize(("n", "name"), [(3, "range of the 3 pairs"), (4, "95 % interval")])
+def test_the_range_of_few_pairs_is_called_no_interval(n: int, name: str) -> None:
+    setting = tables.Setting("digits_lt", 50.0, "softmax", None, 0.9, *tables.DIGITS)
+    gain = tables.Cell("gain", setting, values=(1.0,) * n, seeds=("0",) * n, interval=(0.5, 1.5))
+    assert page._tip(gain, "Softmax", "β 0.9").split("\n")[4] == f"{name}: +0.50 to +1.50"
+
+
 def test_colours_run_from_lowest_to_highest_of_a_column(built: dict[str, Table]) -> None:
     panel = built["grid10"].panels[0]
     found = [a for tag, a in Elements(page._panel(panel)).found if tag == "td"]

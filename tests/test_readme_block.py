@@ -1,5 +1,6 @@
 """The README's results block is made from data, and is the one that results/ gives."""
 
+import io
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from make_miniature import MINIATURE
 
 from cbl import store
 from cbl.errors import UserError
-from cbl.report import formats, readme, tables
+from cbl.report import formats, readme, tables, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +129,7 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
         for shown, apart in ((cells, False), (fewest, True))
     ]
     assert readme._changes(tables.Table("ablation_digits", "", "", "", panels)) == [
-        "2 changes run, in 1 the whole range of pairs leaves out zero: Softmax on digits IF 50 with "
+        "2 changes run, in 1 the range of the 2 or 3 pairs leaves out zero: Softmax on digits IF 50 with "
         "recipe.drop=0.1 (+2.00, in its classes with the fewest images +5.00).",
         "1 change run by one pair of runs, which gives no interval: Softmax on digits IF 50 with "
         "recipe.input_scaling=mean_std (−1.50).",
@@ -140,7 +141,7 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
     [
         (
             [(1.0, 2.0), (-1.0, -2.0)],
-            "1 of 2 settings; the whole range of pairs is above zero in 1 and below zero in 1.",
+            "1 of 2 settings; the range of the 2 pairs is above zero in 1 and below zero in 1.",
         ),
         (
             [(1.0, 2.0, 3.0, 4.0)],
@@ -148,12 +149,11 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
         ),
         (
             [(1.0, 2.0), (1.0, 2.0, 3.0, 4.0)],
-            "2 of 2 settings; the 95 % interval (of up to three pairs the whole range) is above zero in 2 "
-            "and below zero in 0.",
+            "2 of 2 settings; the 95 % interval (of 2 pairs their range) is above zero in 2 and below zero in 0.",
         ),
         (
             [(1.0, 2.0), (0.5,)],
-            "2 of 2 settings; of the 1 with more than one pair of runs the whole range of pairs is above "
+            "2 of 2 settings; of the 1 with more than one pair of runs the range of the 2 pairs is above "
             "zero in 1 and below zero in 0.",
         ),
         ([(0.5,)], "1 of 1 setting, by one pair of runs each, which gives no interval."),
@@ -169,6 +169,28 @@ def test_a_gain_of_one_pair_of_runs_claims_no_interval(pairs: list[tuple[float, 
     assert readme._gains(tables.Table("digits", "", "", "", [panel])) == [
         f"Class balancing has a lower error than the same loss without it in {said}"
     ]
+
+
+def test_an_interval_is_called_what_the_bootstrap_gives() -> None:
+    for values in ([2.0, 0.0], [2.0, 0.0, 1.0], [2.0, 0.0, 1.0, 1.0]):
+        whole = verdict.bootstrap(values).interval == (0.0, 2.0)
+        name = f"range of the {len(values)} pairs" if whole else "95 % interval"
+        assert verdict.interval_name(len(values)) == name
+    assert verdict.interval_name(3, 2, 3) == "range of the 2 or 3 pairs"
+    assert verdict.interval_name(20, 3, 2) == "95 % interval (of 2 or 3 pairs their range)"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "name"),
+    [((3, 3), "range of the 3 pairs"), ((20, 1), "95 % interval"), ((20, 3), "interval")],
+)
+def test_the_terminal_calls_the_range_of_few_pairs_no_interval(pairs: tuple[int, ...], name: str) -> None:
+    setting = tables.Setting("cifar10_lt", 50.0, "softmax", None, 0.9)
+    gains = [tables.Cell("gain", setting, 1.0, (1.0,) * n, interval=(0.5, 1.5) if n > 1 else None) for n in pairs]
+    panel = tables.Panel("CIFAR-10", ["IF 50", "IF 20"], [("Gain", gains)])
+    formats.show(tables.Table("2", "Table 2", "", "", [panel]), file=(file := io.StringIO()))
+    heads = [line[1:].partition("   ")[0].rstrip() for line in file.getvalue().splitlines() if "0.50" in line]
+    assert heads == [f"  {name}"]
 
 
 def test_many_seeds_are_named_by_their_ends() -> None:
@@ -225,3 +247,5 @@ def test_another_dtype_is_held_against_fp32_on_pairs(miniature: pd.DataFrame) ->
     assert 0.5 < low < shift.mean() < high < 1.5
     (said,) = readme._dtypes(pd.concat([done, other.head(1)], ignore_index=True))
     assert "1 pair of runs" in said and "interval" not in said
+    (said,) = readme._dtypes(pd.concat([done, other.head(3)], ignore_index=True))
+    assert said.endswith("is +1.17 points from that in fp32 [range of the 3 pairs +0.50, +1.50].")

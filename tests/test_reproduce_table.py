@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import reproduce_table
 from cbl import config, records, store
 from cbl.engine import resident
 from cbl.errors import UserError
-from cbl.report import paper, tables
+from cbl.report import formats, paper, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +79,66 @@ def test_seeds_are_a_list_with_ranges() -> None:
     for wrong, answer in {"": "such as", "1,": "such as", "-1": "such as", "a": "such as", "3-1": "write 1-3"}.items():
         with pytest.raises(argparse.ArgumentTypeError, match=answer):
             reproduce_table.seed_list(wrong)
+
+
+def made_up(planned: list[config.Run]) -> pd.DataFrame:
+    """Rows of runs that are done, each with an error of its own."""
+    kept = [records.new_record(run) | {"status": "done", "error_last": 20.0 + i} for i, run in enumerate(planned)]
+    return pd.DataFrame([records.row(record) for record in kept])
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "said"),
+    [
+        ("digits", ["recipe.epochs=80"], "Changed in every run: recipe.epochs=80."),
+        ("2", ["recipe.epochs=100", "tracking=off"], "Changed in every run: recipe.epochs=100."),
+        ("grid10", ["model.depth=20", "engine.dtype=bf16"], "Changed in every run: model.depth=20."),
+        ("ablation_digits", ["recipe.weight_decay=5e-4"], "Changed in every run: recipe.weight_decay=0.0005."),
+    ],
+)
+def test_a_table_shows_the_runs_that_set_has_changed(
+    name: str, extra: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the places of the table's own, each run in its own; those are left out, be they ever so many."""
+    official = made_up(reproduce_table.plan(name, [0, 1]))
+    both = pd.concat([official, made_up(reproduce_table.plan(name, [0], extra))])
+    expected = tables.build(name, official[official.seed == 0])
+    shown = table_of(name, extra, both, monkeypatch, tmp_path)
+    assert said in shown.caption and ("bf16" in shown.caption) == ("engine.dtype=bf16" in extra)
+    assert [cell.values for cell in shown.cells()] == [cell.values for cell in expected.cells()]
+    again = dict(word.split("=", 1) for word in shlex.split(shown.command)[2:])
+    changed = again["SET"].split()
+    asked, planned = (reproduce_table.plan(name, [0], words) for words in (extra, changed))
+    assert [config.cell(run) for run in asked] == [config.cell(run) for run in planned]
+
+
+def test_a_table_shows_the_dtype_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    half = ["engine.dtype=bf16"]
+    both = pd.concat(
+        [made_up(reproduce_table.plan("digits", [0, 1])), made_up(reproduce_table.plan("digits", [0], half))]
+    )
+    shown = table_of("digits", half, both, monkeypatch, tmp_path)
+    assert "All runs of ours are in bf16." in shown.caption and "Changed" not in shown.caption
+    assert "50 done runs in fp32 left out: not asked for." in shown.notes
+    shown = table_of("digits", [], both, monkeypatch, tmp_path)
+    assert {len(cell.values) for cell in shown.cells()} == {2}  # of any seed
+    assert "25 done runs in bf16 left out: not asked for." in shown.notes and shown.command.endswith("SEEDS=0,1")
+
+
+def table_of(
+    name: str, extra: list[str], rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> tables.Table:
+    """What is shown of these rows when seed 0 is asked for."""
+    shown: list[tables.Table] = []
+    monkeypatch.setattr(
+        reproduce_table.store, "read_folders", lambda _: store.Store(rows, pd.DataFrame(), pd.DataFrame())
+    )
+    monkeypatch.setattr(formats, "show", shown.append)
+    words = ["--table", name, "--seeds", "0", "--out", str(folder), *(["--set", *extra] if extra else [])]
+    monkeypatch.setattr(sys, "argv", ["", *words])
+    asked = reproduce_table.arguments()
+    reproduce_table.render(asked, None, reproduce_table.plan_pairs(name, [0], asked.set))
+    return shown[0]
 
 
 def test_several_set_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,12 @@ of runs shows what recorded runs produced, means over the runs of one cell and o
 without a run are visible gaps, and where there is no run at all the function returns None and nothing is drawn.
 """
 
+import json
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -23,14 +28,15 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from cbl import class_counts, effective_number
-from cbl.config import Recipe
+from cbl.config import Dataset, Recipe
 from cbl.report import formats, tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
-from cbl.report.verdict import PAPER_SD, Row, pairs
+from cbl.report.verdict import PAPER_SD, Row, interval_name, pairs
 
 Series = dict[float, list[Row]]  # runs that differ in β and seeds alone: rows of runs.csv by β
 OFFICIAL = Setting("", None, "", None, 0.0)[5:]  # overrides, network and epochs of the paper's CIFAR runs
 
+FONT = "DejaVu Sans"  # comes with matplotlib: the same letters on every machine
 COLUMN, PAGE = 3.3, 6.9  # inches: one and two columns of a paper
 
 # Okabe and Ito's palette, told apart with every common colour blindness; where lines cross, markers differ as well.
@@ -70,7 +76,7 @@ DROP_SHADES = LinearSegmentedColormap.from_list("drops", [SKY, BLUE, "#001a33"])
 
 STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
+    "font.family": FONT,
     "font.size": 7,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -300,17 +306,17 @@ def error_against_beta(runs: pd.DataFrame) -> Figure | None:
     two β are left out.
     """
     rows = []
-    for name, found in _by_dataset(runs).items():
+    for of, found in _by_dataset(runs).items():
         several = {base.imbalance_factor for base, runs_of in _series(found).items() if len(runs_of) > 1}
         if several:
             kept = {setting: rows for setting, rows in found.items() if setting.imbalance_factor in several}
-            rows.append((name, kept, sorted(several, key=lambda factor: -(factor or 0))))
+            rows.append((_title(*of), kept, sorted(several, key=lambda factor: -(factor or 0))))
     if not rows:
         return None
     figure = Figure((PAGE, 2.1 * len(rows) + 0.3))
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-    for part, (name, found, factors) in zip(parts, rows, strict=True):
-        part.suptitle(f"{_title(name)}: {_size(found)}", fontsize=8)
+    for part, (title, found, factors) in zip(parts, rows, strict=True):
+        part.suptitle(f"{title}: {_size(found)}", fontsize=8)
         axes = part.subplots(1, len(factors), squeeze=False)[0]
         for ax, factor in zip(axes, factors, strict=True):
             for base, runs_of in _series(found).items():
@@ -435,9 +441,12 @@ def ablation(runs: pd.DataFrame) -> Figure | None:
     handles = [
         Line2D([], [], color=RED, marker="o", label="higher error"),
         Line2D([], [], color=GREEN, marker="o", label="lower error"),
-        Line2D([], [], color="#777777", marker="o", label="95 % interval holds zero"),
     ]
-    if any(cell and len(cell.values) == 1 for _, rows in found for _, cells in rows for cell in cells):
+    counts = {len(cell.values) for _, rows in found for _, cells in rows for cell in cells if cell and cell.values}
+    if several := counts - {1}:
+        label = f"{interval_name(*several)} holds zero"
+        handles.append(Line2D([], [], color="#777777", marker="o", label=label))
+    if 1 in counts:
         label = "one pair of runs"
         handles.append(Line2D([], [], color="#777777", marker="o", markerfacecolor="none", linestyle="", label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -548,24 +557,24 @@ def head_against_tail(runs: pd.DataFrame) -> Figure | None:
     medium.
     """
     panels = []
-    for name, found in _by_dataset(runs).items():
+    for of, found in _by_dataset(runs).items():
         factor = _fullest(setting.imbalance_factor for setting in found)
         found = {setting: rows for setting, rows in found.items() if setting.imbalance_factor == factor}
         table = pd.DataFrame([row for rows in found.values() for row in rows])
         tail = "few" if table["error_few"].notna().all() else "medium"
         if len(found) > 1 and table[["error_many", f"error_{tail}"]].notna().all(axis=None):
-            panels.append((name, factor, found, tail, table["groups"].iloc[0]))
+            panels.append((_title(*of), factor, found, tail, table["groups"].iloc[0]))
     if not panels:
         return None
     lines = -(-len(panels) // 2)
     figure = Figure((PAGE, 2.9 * lines + 0.4))
     axes = figure.subplots(lines, 2, squeeze=False).ravel()
-    for ax, (name, factor, found, tail, rule) in zip(axes, panels, strict=False):
+    for ax, (title, factor, found, tail, rule) in zip(axes, panels, strict=False):
         for setting, rows in found.items():
             _, _, marker = LOSSES[setting.loss, setting.gamma]
             many, few = (np.mean([row[f"error_{group}"] for row in rows]) for group in ("many", tail))
             ax.plot(many, few, marker, color=BETAS[setting.beta], markersize=5)
-        ax.set_title(f"{_title(name)}, {_at_factor(factor)}\n{_size(found)}")
+        ax.set_title(f"{title}, {_at_factor(factor)}\n{_size(found)}")
         ax.set_xlabel(f"error on {GROUPS[rule, 'many']}, %")
         ax.set_ylabel(f"error on {GROUPS[rule, tail]}, %")
     for ax in axes[len(panels) :]:
@@ -592,8 +601,8 @@ def _means(found: Done) -> dict[Setting, float]:
     return {setting: float(np.mean([row["error_last"] for row in rows])) for setting, rows in found.items()}
 
 
-def _by_dataset(runs: pd.DataFrame) -> dict[str, Done]:
-    """The done runs of each data set with the paper's losses and β, in one recipe and one dtype.
+def _by_dataset(runs: pd.DataFrame) -> dict[tuple[str, str | None], Done]:
+    """The done runs of each data set with the paper's losses and β, in one recipe and one dtype; by name and `_root`.
 
     On CIFAR the recipe is the official one; the paper has none for other data sets, where it is that of most runs.
     """
@@ -602,17 +611,26 @@ def _by_dataset(runs: pd.DataFrame) -> dict[str, Done]:
         for setting, rows in done_runs(runs).items()
         if (setting.loss, setting.gamma) in LOSSES and setting.beta in BETAS
     }
-    recipes: dict[str, Counter] = {}
+    dataset_of = {setting: (setting.dataset, _root(rows[0])) for setting, rows in done.items()}
+    recipes: dict[tuple[str, str | None], Counter] = {}
     for setting, rows in done.items():
-        recipes.setdefault(setting.dataset, Counter())[setting[5:]] += len(rows)
+        recipes.setdefault(dataset_of[setting], Counter())[setting[5:]] += len(rows)
+    names = [*TITLES, *(name for name, _ in recipes)]
     by_dataset = {}
-    for name in sorted(recipes, key=[*TITLES, *recipes].index):
-        recipe = OFFICIAL if name in SIZES else recipes[name].most_common(1)[0][0]
-        wanted = [setting for setting in done if setting.dataset == name and setting[5:] == recipe]
-        found, _, _ = one_dtype(done, wanted)
+    for of in sorted(recipes, key=lambda of: (names.index(of[0]), of[1] or "")):
+        recipe = OFFICIAL if of[0] in SIZES else recipes[of].most_common(1)[0][0]
+        found, _, _ = one_dtype(done, [s for s in done if dataset_of[s] == of and s[5:] == recipe])
         if found:
-            by_dataset[name] = found
+            by_dataset[of] = found
     return by_dataset
+
+
+def _root(row: Row) -> str | None:
+    """Which folder of images a run of `folder` is of; None of another data set, which is one wherever it lies."""
+    if row["dataset"] != "folder":
+        return None
+    said = re.search(r'(?:^| )dataset\.root=("(?:[^"\\]|\\.)*")', row["overrides"] or "")
+    return json.loads(said[1]) if said else Dataset.root
 
 
 def _series(found: Done) -> dict[Setting, Series]:
@@ -699,9 +717,27 @@ def _size(found: Done, wanted: Sequence[Setting] | None = None) -> str:
     return f"{some}{runs} each, {runs_of[0][0]['dtype']}"
 
 
-def _title(dataset: str) -> str:
+def _title(dataset: str, root: str | None = None) -> str:
     name = TITLES.get(dataset, dataset)
+    if root is not None:  # in full, or two might look like one; wrapped, as half a page must hold it
+        shown = "".join(c if _drawable(c) else ascii(c)[1:-1] for c in root)
+        return _literal(textwrap.fill(f"{name} {shown}", 32, break_on_hyphens=False))
     return f"Long-tailed {name}" if dataset.endswith("_lt") else name
+
+
+def _literal(words: str) -> str:
+    """Between two `$` matplotlib would read maths."""
+    return words.replace("$", r"\$")
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(font_manager.get_font(font_manager.findfont(FONT)).get_charmap())
+
+
+def _drawable(words: str) -> bool:
+    """Whether the font has all these letters: for others there would be boxes, and a warning for each."""
+    return _glyphs().issuperset(map(ord, words))
 
 
 def _at_factor(factor: float | None) -> str:
@@ -711,19 +747,21 @@ def _at_factor(factor: float | None) -> str:
 def _shown_title(base: Setting, runs_of: Series) -> str:
     loss, _, _ = LOSSES[base.loss, base.gamma]
     sizes = _size({base._replace(beta=beta): rows for beta, rows in runs_of.items()})
-    return f"{_title(base.dataset)}, {_at_factor(base.imbalance_factor)}, {loss}: {sizes}"
+    title = _title(base.dataset, _root(next(iter(runs_of.values()))[0]))
+    return f"{title}, {_at_factor(base.imbalance_factor)}, {loss}: {sizes}"
 
 
 def _classes_label(classes: pd.DataFrame, total: int) -> str:
     """`cat` or `40–49`, and below it the images: rows of per_class of one group, head first, out of `total` classes.
 
     A group is named by its places from the largest class, the frame's index: of a set found as it is, the labels follow
-    no size.
+    no size. A class whose name the font cannot draw has its index for a name.
     """
     first, last = classes.iloc[0], classes.iloc[-1]
     if len(classes) > 1:
         return f"{classes.index[0]}–{classes.index[-1]}\n{first['n_train']}–{last['n_train']}"
-    return f"{first['class_name'] if total <= 10 else first['class_index']}\n{first['n_train']}"
+    named = total <= 10 and _drawable(first["class_name"])
+    return f"{_literal(first['class_name']) if named else first['class_index']}\n{first['n_train']}"
 
 
 def _beta_legend(figure: Figure, shown: list[tuple[Setting, Series]]) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 
 from cbl import disk
 from cbl.report.tables import BOLD, Cell, Kind, Panel, Table, kinds, plural
+from cbl.report.verdict import interval_name
 
 Side = Literal["paper", "ours"]
 
@@ -229,9 +230,8 @@ def show(table: Table, file: IO[str] | None = None) -> None:
             continue
         rows = [_row(label, cells, panel.with_paper) for label, cells in panel.rows]
         widest = max(len(line) for _, cells in rows for cell in cells for line in cell)
-        fitting = (console.width - 2 - max(len(label) for label, _ in panel.rows)) // (
-            max(widest, *map(len, panel.columns)) + 2
-        )
+        head = max(len(line) for heads, _ in rows for line in heads.split("\n"))
+        fitting = (console.width - 2 - head) // (max(widest, *map(len, panel.columns)) + 2)
         for first in range(0, len(panel.columns), max(1, fitting)):  # what does not fit goes below
             shown = slice(first, first + max(1, fitting))
             grid = RichTable(title=f"\n{panel.title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -249,7 +249,9 @@ def _row(label: str, cells: Sequence[Cell | None], with_paper: bool) -> tuple[st
     lines = [_lines(cell, with_paper) for cell in cells]
     heads = [label]
     if with_paper:
-        heads += ["  ours", "  95 %" if "gain" in kinds(cells) else "  difference"]
+        names = {interval_name(len(cell.values)) for cell in cells if cell and cell.interval}
+        apart = names.pop() if len(names) == 1 else "interval"  # of several the legend says which is which
+        heads += ["  ours", f"  {apart}" if "gain" in kinds(cells) else "  difference"]
     return "\n".join(heads[: max(map(len, lines))]), lines
 
 

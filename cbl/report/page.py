@@ -17,6 +17,7 @@ from cbl.config import Recipe
 from cbl.report.formats import MARKS, common_n, is_lowest, lowest, paper_text, signed, text
 from cbl.report.readme import findings, not_run, what_was_run
 from cbl.report.tables import TITLES, Cell, Panel, Table, plural, setting_label
+from cbl.report.verdict import interval_name
 
 LARGEST_FIGURE = 400_000  # bytes of an SVG that is taken in
 
@@ -216,7 +217,8 @@ def _tip(cell: Cell, label: str, column: str) -> str:
     spread = "" if cell.sd is None else f" ± {cell.sd:.2f}"
     lines.append(f"ours: {mean}{spread}{unit} ({n})")
     if cell.interval:
-        lines.append(f"95 % interval: {signed(cell.interval[0])} to {signed(cell.interval[1])}")
+        name = interval_name(len(cell.values))
+        lines.append(f"{name}: {signed(cell.interval[0])} to {signed(cell.interval[1])}")
     if cell.difference is not None:
         judged = "" if cell.verdict == "–" else f", {cell.verdict}"
         lines.append(f"difference: {signed(cell.difference)} points{judged}")

@@ -13,7 +13,7 @@ from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
 from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
-from cbl.report.verdict import SAME, bootstrap
+from cbl.report.verdict import SAME, bootstrap, interval_name
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMED = 3  # cells named in a sentence; the others are counted
@@ -138,8 +138,9 @@ def _gains(table: Table) -> list[str]:
     )
     if not paired:
         return [f"{better}, by one pair of runs each, which gives no interval."]
+    interval = interval_name(*(len(cell.values) for cell in paired))
     which = f"; of the {len(paired)} with more than one pair of runs the" if len(paired) < len(gains) else "; the"
-    return [f"{better}{which} {_interval(paired)} is above zero in {surely} and below zero in {harmful}."]
+    return [f"{better}{which} {interval} is above zero in {surely} and below zero in {harmful}."]
 
 
 def _changes(table: Table) -> list[str]:
@@ -154,20 +155,13 @@ def _changes(table: Table) -> list[str]:
     clear = [cell for cell in paired if cell.interval[0] > 0 or cell.interval[1] < 0]
     said = []
     if paired:
-        leaves = f"in {len(clear)} the {_interval(paired)} leaves out zero"
+        interval = interval_name(*(len(cell.values) for cell in paired))
+        leaves = f"in {len(clear)} the {interval} leaves out zero"
         said.append(f"{plural(len(paired), 'change')} run, {leaves}{_named(clear, fewest)}.")
     if lone:
         named = _named(lone, fewest)
         said.append(f"{plural(len(lone), 'change')} run by one pair of runs, which gives no interval{named}.")
     return said
-
-
-def _interval(cells: list[Cell]) -> str:
-    """What the intervals of these cells are: of so few pairs as three `verdict.bootstrap` gives the range."""
-    few = sum(len(cell.values) <= 3 for cell in cells)
-    if few == len(cells):
-        return "whole range of pairs"
-    return "95 % interval" + (" (of up to three pairs the whole range)" if few else "")
 
 
 def _moved(table: Table) -> list[str]:
@@ -193,7 +187,9 @@ def _dtypes(runs: pd.DataFrame) -> list[str]:
     said = []
     for dtype, found in paired[paired["dtype"] != "fp32"].groupby("dtype"):
         gain = bootstrap((found["error_last"] - found["error_last_fp32"]).astype("float").tolist())
-        interval = f" [95 % interval {signed(gain.interval[0])}, {signed(gain.interval[1])}]" if gain.interval else ""
+        interval = ""
+        if gain.interval:
+            interval = f" [{interval_name(gain.n)} {signed(gain.interval[0])}, {signed(gain.interval[1])}]"
         sets = ", ".join(TITLES.get(name, name) for name in found["dataset"].unique())
         said.append(
             f"Arithmetic: {plural(gain.n, 'pair')} of runs ({sets}) differ in dtype alone; the error in {dtype} is "

@@ -5,6 +5,7 @@ holds a number that no recorded run produced, runs of different `cell` are never
 What was not run is a visible gap.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -178,6 +179,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     seeds: tuple[int, ...] = ()  # of the runs in it
     dtype: str = ""
+    changed: tuple[str, ...] = ()  # overrides of all runs in it, but for their dtype
 
     @property
     def short(self) -> str:
@@ -189,8 +191,9 @@ class Table:
         words = ["make reproduce-table"] + ([] if self.name == "digits" else [f"TABLE={self.name}"])
         if self.seeds and self.seeds != (0, 1, 2):
             words.append(f"SEEDS={seed_words(self.seeds)}")
-        if self.dtype not in ("", "fp32"):
-            words.append(f"SET=engine.dtype={self.dtype}")
+        dtype = [] if self.dtype in ("", "fp32") else [f"engine.dtype={self.dtype}"]
+        if overrides := " ".join([*dtype, *self.changed]):
+            words.append(f"SET={shlex.quote(overrides)}")
         return " ".join(words)
 
     def cells(self) -> list[Cell]:

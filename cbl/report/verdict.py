@@ -12,6 +12,7 @@ import numpy as np
 PAPER_SD = 0.7  # percentage points
 RESAMPLES = 10_000  # of the pairs, for a bootstrap interval
 LEVEL = 0.95  # of that interval
+FEW = 3  # pairs up to which that interval is their whole range
 
 Verdict = Literal["agrees", "better", "worse", "–"]
 Row = Mapping[str, Any]  # a row of runs.csv
@@ -71,6 +72,14 @@ def bootstrap(differences: Sequence[float]) -> Gain | None:
     means = values[drawn].mean(axis=1)  # (RESAMPLES,)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Gain(float(values.mean()), (float(low), float(high)), values.size)
+
+
+def interval_name(*counts: int) -> str:
+    """What the intervals of `bootstrap` are, in words; `counts` are the pairs behind each, one or more numbers."""
+    few = " or ".join(str(n) for n in sorted(set(counts)) if n <= FEW)
+    if max(counts) <= FEW:
+        return f"range of the {few} pairs"
+    return f"95 % interval (of {few} pairs their range)" if few else "95 % interval"
 
 
 def pairs(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
