@@ -6,21 +6,37 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+from cbl.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(folder: Path, remedy: str = "make room or mend it, and the same command goes on") -> Iterator[None]:
+    """`UserError` for a disk that is full or otherwise takes nothing more."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}.") from None
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A handle to write to: beside `path`, and renamed at the end, so that no reader and no kill sees half a file."""
+    """A handle to write to: beside `path`, and renamed at the end, so that no reader and no kill sees half a file.
+
+    Raises `UserError` when it cannot be written; what was at `path` is there still.
+    """
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())  # or a power failure after the rename leaves an empty file
-        os.replace(beside, path)
+        with writing(path.parent):
+            with open(beside, "wb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())  # or a power failure after the rename leaves an empty file
+            os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
 
 
@@ -30,6 +46,22 @@ def write(path: Path, content: str | bytes) -> None:
         handle.write(content.encode() if isinstance(content, str) else content)
 
 
+def lock(handle: IO, folder: Path, setting: str) -> bool:
+    """Whether the lock on `handle`, a file in `folder`, is ours now and not another process's.
+
+    Raises `UserError` where there are no locks; `setting` is what says where the folder is.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"The file system of {folder} has no locks ({error.strerror}): choose another {setting}."
+        ) from None
+    return True
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Alone in this block among all that download to the same place; the lock goes with the process, however it ends.
@@ -37,9 +69,7 @@ def locked(path: Path) -> Iterator[None]:
     Who comes second says so and waits.
     """
     with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(handle, path.parent, "folder"):
             print("Waiting for another process that is downloading the same files.", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -13,7 +13,6 @@ A folder `outputs/runs/<run_id>/` holds
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import importlib.metadata
 import json
@@ -82,20 +81,16 @@ def lock(folder: Path) -> Iterator[bool]:
 
     Makes the folder, and removes what a killed process left half written; raises `UserError` when that cannot be done.
     """
-    try:
+    with disk.writing(folder, "choose another output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another output_dir.") from None
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            for half_written in folder.glob("*.tmp"):
-                half_written.unlink()
-            yield True
+        mine = disk.lock(handle, folder, "output_dir")
+        if mine:
+            with disk.writing(folder, "choose another output_dir"):
+                for half_written in folder.glob("*.tmp"):
+                    half_written.unlink()
+        yield mine
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -128,7 +123,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
+    with disk.writing(folder), open(folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
         handle.write(json.dumps(row) + "\n")
 
 
@@ -152,6 +147,14 @@ def rewind_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
     disk.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def mark_done(folder: Path) -> None:
+    """Writes the marker, after which the checkpoint is wanted no more."""
+    with disk.writing(folder):
+        (folder / "done").touch()
+    with contextlib.suppress(OSError):  # done all the same
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def new_record(run: config.Run) -> dict[str, Any]:

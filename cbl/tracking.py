@@ -242,4 +242,5 @@ def _reason(error: Exception) -> str:
 
 @functools.cache  # the same line once per process
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed is no reason to fail
+        print(line, file=sys.stderr, flush=True)

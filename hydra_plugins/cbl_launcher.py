@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -23,7 +24,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from cbl import config, records
+from cbl import config, disk, records
 from cbl.errors import UserError
 
 
@@ -85,6 +86,10 @@ class ResidentLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
+        folder = Path(config.hydra.sweep.dir)  # in which Hydra writes next, and would fail with a page of its own code
+        with disk.writing(folder, "choose another output_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "multirun.yaml").touch()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         def compose(overrides: list[str]) -> DictConfig:

@@ -1,5 +1,6 @@
 """scripts/train.py as people type it: what is wrong is one line, and a sweep trains what is right."""
 
+import contextlib
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from cbl import records
+from cbl import records, store
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
 DIGITS = ["experiment=digits", "tracking=off", "engine.device=cpu", "engine.threads=1", "engine.max_steps=2"]
@@ -89,7 +90,7 @@ def test_a_wrong_argument_of_a_sweep_stops_it_before_it_begins(train: Train, tmp
     for wrong in ("loss.bta=1", "loss=softmax,focl", "model=resnet8,32"):
         status, out, err = train("-m", *DIGITS, "seed=0,1", wrong)
         assert status == 2 and out == "" and err.startswith("Unknown ") and err.count("\n") == 1
-    assert not (tmp_path / "outputs" / "runs").exists()
+    assert not list(tmp_path.glob("outputs/runs/*-*"))
 
 
 def test_a_sweep_cannot_be_previewed_as_one_configuration(train: Train, tmp_path: Path) -> None:
@@ -194,10 +195,46 @@ def test_the_command_itself_and_a_sweep_with_a_bad_job(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
     assert re.search(r"^.*loss=focal_g1 loss.beta=2.*: loss.beta is 2.0, but it must be in \[0, 1\]", done.stderr, re.M)
-    folders = list((tmp_path / "outputs" / "runs").iterdir())
+    folders = list((tmp_path / "outputs" / "runs").glob("*-*"))
     assert len(folders) == 2 and all(records.is_done(folder) for folder in folders)
+    found = store.read_folders([tmp_path / "outputs" / "runs"])  # passes Hydra's own folder over
+    assert len(found.runs) == 2 and found.warnings == []
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["runs"]
     assert {records.read_record(folder)["beta"] for folder in folders} == {0.0, 0.9}
     assert re.search(r"^\[2/2\] ", done.stderr, re.M)
+
+
+def test_a_sweep_writes_where_its_runs_are_and_nowhere_else(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file, in which no folder can be made")
+    words = ["-m", "dataset=folder", "dataset.root=nowhere", "tracking=off", "engine.device=cpu"]
+    status, out, err = train(*words, "output_dir=elsewhere/runs")
+    assert status == 1 and out == "" and err.count("\n") == 1 and "nowhere/train: dataset=folder needs" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "outputs"]
+    status, out, err = train(*words, "output_dir=outputs/runs")
+    assert status == 2 and out == ""
+    assert err == "outputs/runs/.sweeps cannot be written to (Not a directory): choose another output_dir.\n"
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists() or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
+)
+def test_the_processes_of_a_sweep_leave_ctrl_c_to_their_parent_from_their_beginning(tmp_path: Path) -> None:
+    """A terminal sends it to all; here to them alone, on and on, while they import torch and while they train."""
+    command = [sys.executable, str(SCRIPT), "-m", *DIGITS, "seed=0,1"]
+    sweep = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    sent: set[int] = set()
+    while sweep.poll() is None:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            pid = int(path.parent.name)
+            with contextlib.suppress(OSError):
+                if b"spawn_main" in path.read_bytes() and os.getpgid(pid) == sweep.pid:
+                    os.kill(pid, signal.SIGINT)
+                    sent.add(pid)
+        time.sleep(0.05)
+    _, err = sweep.communicate()
+    assert len(sent) >= 2 and sweep.returncode == 0 and "Traceback" not in err
+    assert len(list(tmp_path.glob("outputs/runs/*/done"))) == 2
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:

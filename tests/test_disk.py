@@ -1,5 +1,7 @@
 """Files that are written whole or not at all."""
 
+import errno
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -10,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbl import disk
+from cbl import disk, records
+from cbl.data import prepare
+from cbl.errors import UserError
 
 FORK = multiprocessing.get_context("fork")  # other processes, and quickly there
 
@@ -42,10 +46,10 @@ def test_a_failure_leaves_the_old_text_and_nothing_beside(
     disk.write(path, "old")
 
     def fail(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=rf"^{tmp_path} cannot be written to \(No space left on device\): make room"):
         disk.write(path, "new")
     assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -62,3 +66,21 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", lambda *names: (done.append("renamed"), replace(*names)))
     disk.write(tmp_path / "x", b"content")
     assert done == ["synced", "renamed"] and (tmp_path / "x").read_bytes() == b"content"
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for block, folder, setting in (
+        (lambda: records.lock(tmp_path / "run"), tmp_path / "run", "output_dir"),
+        (lambda: disk.locked(tmp_path / ".lock"), tmp_path, "folder"),
+    ):
+        with pytest.raises(UserError) as caught, block():
+            pass
+        assert str(caught.value) == (
+            f"The file system of {folder} has no locks (Function not implemented): choose another {setting}."
+        )
+    with pytest.raises(UserError, match=r"inaturalist2018 has no locks \(Function not implemented\): .* another root"):
+        prepare.prepare("inaturalist2018", tmp_path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -382,6 +383,26 @@ def test_settings_that_cannot_be_read_are_one_sentence(tmp_path, content):
     assert "\n" not in str(caught.value)
     path.unlink()
     mini.prepare(tmp_path / "data", short_side=12)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "images/", "train.csv.gz", "prepared.json"])
+def test_a_full_disk_is_one_sentence_and_the_same_call_goes_on(tmp_path, monkeypatch, name):
+    mini = miniature(tmp_path / "archives", "inaturalist2018")
+    folder, replace = tmp_path / "data" / "inaturalist2018", os.replace
+
+    def full(source, target):
+        if str(target).startswith(str(folder / name)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(
+            UserError, match=rf"^{folder}.* cannot be written to \(No space left on device\): make room"
+        ):
+            mini.prepare(tmp_path / "data")
+    assert not list(folder.glob("*.tmp")) and not (folder / "prepared.json").exists()
+    mini.prepare(tmp_path / "data")
 
 
 def test_two_at_once_are_refused(tmp_path):

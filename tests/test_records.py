@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -93,6 +94,22 @@ def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, kept: int
     assert records.rewind_metrics(tmp_path, 8) == rows([4, 8])
     records.append_metrics(tmp_path, rows([12])[0])
     assert path.read_text(encoding="utf-8") == whole
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        for write in (
+            lambda: records.append_metrics(tmp_path, {"step": 1, "epoch": 0.5}),
+            lambda: records.write_record(tmp_path, {"status": "running"}),
+        ):
+            with pytest.raises(UserError, match=rf"^{tmp_path} cannot be written to \(File too large\): make room"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert records.rewind_metrics(tmp_path, 9) == []  # what there was room for is no row
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_rewinding_drops_what_will_be_trained_again(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """The training loop: against a loop written from the paper's words, killed and resumed, failing, side by side."""
 
+import contextlib
 import ctypes
+import errno
 import json
 import os
+import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -14,15 +18,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from cbl import class_balanced_weights, config, data, records, tracking
+from cbl.data import folder
 from cbl.engine import evaluate, processes, recipe, resident
 from cbl.engine.job import choose_device, prepare
 from cbl.engine.progress import Display
 from cbl.models import resnet_cifar
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 
 
 @pytest.fixture(autouse=True)
@@ -303,6 +310,120 @@ def test_other_images_under_the_same_name_are_refused(tmp_path: Path) -> None:
     torch.save(content, path)
     (record,) = resident.train([run])
     assert record["status"] == "failed" and "other images" in record["failure"]
+
+
+def test_a_done_run_is_refused_for_other_images_in_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for split, name, number in [(split, name, n) for split in ("train", "test") for name in "ab" for n in range(4)]:
+        path = root / split / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 20 * number, dtype=np.uint8)).save(path)
+    dataset = {"name": "folder", "imbalance_factor": None, "root": str(root), "image_size": 8}
+    run = digits(tmp_path / "runs", dataset=dataset, recipe__batch_size=4, engine__max_steps=2)
+    name = records.folder_of(run)
+
+    def again() -> dict[str, Any]:
+        folder._read.cache_clear()  # as in another process
+        return resident.train([run])[0]
+
+    assert again()["status"] == "done"
+    kept = (name / "result.json").read_bytes()
+    assert again()["skipped"] == "done before"
+    for old, new, what in (
+        (None, "train/a/4.png", "n_train was 8, now 9"),
+        ("train/a/4.png", "test/a/4.png", "n_test was 8, now 9"),
+        ("test/a/4.png", None, None),
+        ("train/a/3.png", "train/b/4.png", "class_counts was [4, 4], now [3, 5]"),
+        ("train/b/4.png", "train/a/3.png", None),
+    ):
+        if new and not old:
+            (root / new).write_bytes((root / "train/a/0.png").read_bytes())
+        elif old and not new:
+            (root / old).unlink()
+        else:
+            (root / old).rename(root / new)
+        record = again()
+        if what is None:
+            assert record["skipped"] == "done before"
+        else:
+            assert record["status"] == "failed" and record["failure"] == (
+                f"{name} was trained on other images than {root} holds now ({what}): delete the folder to start the "
+                "run afresh."
+            )
+        assert (name / "result.json").read_bytes() == kept
+    root.rename(tmp_path / "elsewhere")
+    assert again()["skipped"] == "done before"
+
+
+def files_up_to(size: int) -> contextlib.AbstractContextManager:
+    """A disk that is full for more than `size` bytes a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    stack = contextlib.ExitStack()
+    stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+    return stack
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = digits(tmp_path)
+    name = records.folder_of(run)
+    resident.train([run], deadline=time.monotonic() + 0.01)
+    before = (name / "checkpoint.pt").read_bytes()
+    with files_up_to(100_000):  # bytes: room for the record
+        (record,) = resident.train([run])
+    sentence = f"{name} cannot be written to (File too large): make room or mend it, and the same command goes on."
+    assert (record["status"], record["failure"]) == ("failed", sentence)
+    assert records.read_record(name)["failure"] == sentence
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == f"{name.name}: failed. {sentence}" and "Traceback" not in err
+    assert (name / "checkpoint.pt").read_bytes() == before and not list(name.glob("*.tmp"))
+    assert resident.train([run])[0]["status"] == "done"
+
+
+def test_a_disk_without_any_room_leaves_the_other_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, fine = (digits(tmp_path / name, engine__max_steps=3) for name in ("full", "fine"))
+    replace, name = os.replace, records.folder_of(full)
+
+    def fill(source: Path, target: Path) -> None:
+        if target.parent == name and records.read_metrics(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fill)
+    ended = resident.train([full, fine])
+    assert [record["status"] for record in ended] == ["failed", "done"]
+    assert ended[0]["failure"].startswith(f"{name} cannot be written to (No space left on device): make room")
+    assert records.read_record(name)["status"] == "running" and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the thread that draws bars
+@pytest.mark.parametrize("place", ["terminal", "pipe", pytest.param("log", marks=needs_dev_full)])
+def test_nobody_left_to_tell_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The terminal was closed, the reader of the pipe is gone, the disk of the log is full."""
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = {"terminal": pty.openpty, "pipe": os.pipe, "log": lambda: (None, "/dev/full")}[place]()
+    err = open(writer, "w")  # noqa: SIM115 - closed below
+    monkeypatch.setattr(sys, "stderr", err)
+    display = Display(2)
+    assert (display.bars is not None) == (place == "terminal")
+    line = display.run("first", 4, 8)
+    if reader is not None:
+        os.close(reader)
+    display.end("first is done")
+    assert display.quiet and display.bars is None
+    for each in (line, display.run("second", 4, 8)):
+        each.shown = 0.0
+        each.advance()
+        each.close()
+    display.close()
+    (record,) = resident.train([digits(tmp_path, engine__max_steps=2)])
+    assert record["status"] == "done"
+    with contextlib.suppress(OSError):
+        err.close()
 
 
 def test_a_run_under_way_elsewhere_is_left_alone(tmp_path: Path) -> None:

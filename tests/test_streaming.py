@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -237,12 +238,17 @@ def test_the_micro_batch_is_halved_aloud_until_it_fits() -> None:
     assert streaming.choose_micro_batch(64, None, None, lambda n: True, said.append) == 64  # a process's whole share
     assert streaming.choose_micro_batch(512, None, 32, lambda n: True, said.append) == 32  # as the part that is done
     assert streaming.choose_micro_batch(512, 256, 32, lambda n: True, said.append) == 256
+    del said[:]
+    # by more processes than before
+    assert streaming.choose_micro_batch(16, None, 32, lambda n: True, said.append) == 16
+    assert said == ["Batch norm normalised 32 images together until now and 16 from here on."]
 
 
 @pytest.mark.parametrize(
     ("asked", "limit", "message"),
     [
         (100, 1024, r"engine.micro_batch is 100, but the 1024 images of each process .*: choose 64, or null\.$"),
+        (2048, 2048, r"engine.micro_batch is 2048, but each process has only 1024 images .*: choose at most 1024, or"),
         (128, 64, r"engine.micro_batch is 128, but so many images do not fit .* null\.$"),
         (None, 0, r"Not even one image fits"),
     ],
@@ -452,6 +458,38 @@ def test_refused_before_anything_is_written(prepared: Path, tmp_path: Path) -> N
         record = streaming.train(settings(prepared, tmp_path / "runs", **changes))
         assert record["status"] == "failed" and message in record["failure"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fallen: list[bool] = []
+    monkeypatch.setattr(distributed, "fall_out", lambda: fallen.append(True))
+    monkeypatch.setattr(streaming, "CHECK_STEPS", 4)
+    run = settings(prepared, tmp_path)
+    folder = records.folder_of(run)
+    assert streaming.train(run, deadline=time.monotonic())["steps"] == 4
+    before = (folder / "checkpoint.pt").read_bytes()
+    sentence = f"{folder} cannot be written to (File too large): make room or mend it, and the same command goes on."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room, status in ((50_000, "failed"), (100, "running")):  # bytes: for the record, and for nothing
+        record = records.read_record(folder) | {"status": "running"}
+        records.write_record(folder, record)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with monkeypatch.context() as patched:
+                if status == "running":  # it would not come to the first step
+                    patched.setattr(records, "rewind_metrics", lambda folder, step: [])
+                ended = streaming.train(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (ended["status"], ended["failure"]) == ("failed", sentence)
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1] == f"{folder.name}: failed. {sentence}" and "Traceback" not in err
+        assert records.read_record(folder)["status"] == status
+        assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
+    assert fallen == [True, True]
+    assert streaming.train(run)["status"] == "done"
 
 
 def test_what_several_processes_cannot_have(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from cbl.errors import UserError
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """`checkpoint.pt`: weights, momentum and the plain numbers in `state`."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
-    with disk.whole(folder / "checkpoint.pt") as handle:
-        torch.save(content, handle)
+    _write(folder / "checkpoint.pt", content)
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -37,5 +36,14 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 def save_weights(folder: Path, model: torch.nn.Module) -> None:
     """`model.pt`: the state dict alone, on the CPU."""
-    with disk.whole(folder / "model.pt") as handle:
-        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, handle)
+    _write(folder / "model.pt", {name: value.cpu() for name, value in model.state_dict().items()})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with disk.whole(path) as handle:
+        try:
+            torch.save(content, handle)
+        except RuntimeError as error:  # about its zip file; what the disk said stands behind it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

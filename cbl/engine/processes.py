@@ -38,7 +38,11 @@ def train(
     # spawn: a forked child would inherit torch's threads half-alive
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
     try:
-        futures = {pool.submit(_work, run, deadline, quiet): number for number, run in enumerate(runs)}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the new processes too, until `_begin`
+        try:
+            futures = {pool.submit(_work, run, deadline, quiet): number for number, run in enumerate(runs)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -56,7 +60,8 @@ def train(
 
 def _begin(parent: int) -> None:
     """In a new process: leave Ctrl-C to the parent, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C that waits is ignored with it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def watch() -> None:
         while os.getppid() == parent:

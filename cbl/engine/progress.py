@@ -1,21 +1,29 @@
 """What a run says while it trains: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 15.0  # between two plain lines of one run
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # as any other error: rich would end the process
 
 
 class Display:
     """Bars for the runs under way, one each; lines above them, or lines alone when stderr is no terminal.
 
     With several runs there is a bar for all of them too. `quiet` says nothing: another process has the terminal.
+    When nothing can be written any more (the terminal was closed, the disk of a log is full) it becomes quiet.
     """
 
     def __init__(self, total: int = 0, bars: bool = True, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self.total, self.finished, self.quiet = total, 0, quiet
         self.bars: Progress | None = None
         if bars and self.console.is_terminal:
@@ -30,12 +38,25 @@ class Display:
                 transient=True,
                 refresh_per_second=4,
             )
-            self.bars.start()
-            self.all = self.bars.add_task("all runs", total=total, text=f"0 of {total}", visible=total > 1)
+            with self.speaking():
+                self.bars.start()
+                self.all = self.bars.add_task("all runs", total=total, text=f"0 of {total}", visible=total > 1)
+
+    @contextlib.contextmanager
+    def speaking(self) -> Iterator[None]:
+        """What a run says is no reason for it to fail."""
+        try:
+            yield
+        except OSError:
+            bars, self.bars, self.quiet = self.bars, None, True
+            if bars:
+                with contextlib.suppress(OSError):
+                    bars.stop()
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, markup=False)
+            with self.speaking():
+                self.console.print(text, markup=False)
 
     def run(self, name: str, steps: int, batch_size: int, done: int = 0) -> "Line":
         return Line(self, name, steps, batch_size, done)
@@ -49,7 +70,8 @@ class Display:
 
     def close(self) -> None:
         if self.bars:
-            self.bars.stop()
+            with self.speaking():
+                self.bars.stop()
 
 
 class Line:
@@ -59,13 +81,17 @@ class Line:
         self.display, self.name, self.steps, self.batch_size, self.done = display, name, steps, batch_size, done
         self.began, self.from_step, self.said = time.monotonic(), done, time.monotonic()
         self.text, self.error, self.shown = "", None, 0.0
-        self.task = display.bars.add_task(name, total=steps, completed=done, text="") if display.bars else None
+        self.task: TaskID | None = None
+        if display.bars:
+            with display.speaking():
+                self.task = display.bars.add_task(name, total=steps, completed=done, text="")
 
     def advance(self) -> None:
         """A step was begun."""
         self.done += 1
         now = time.monotonic()
-        if self.task is not None and now - self.shown >= 0.1:  # a redraw costs as much as a small step
+        # a redraw costs as much as a small step
+        if self.display.bars and self.task is not None and now - self.shown >= 0.1:
             self.shown = now
             rate = (self.done - self.from_step) * self.batch_size / max(now - self.began, 1e-9)
             self.display.bars.update(self.task, completed=self.done, text=f"{rate:,.0f} images/s, {self.text}")
@@ -88,5 +114,5 @@ class Line:
             )
 
     def close(self) -> None:
-        if self.task is not None:
+        if self.display.bars and self.task is not None:
             self.display.bars.remove_task(self.task)

@@ -7,6 +7,7 @@ side by side.
 
 import contextlib
 import math
+import reprlib
 import time
 import traceback
 from collections.abc import Generator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbl import config, records, tracking
+from cbl import config, data, records, tracking
 from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
 from cbl.engine.job import Job, choose_device, prepare
 from cbl.engine.progress import Display, Line
@@ -45,8 +46,8 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
         for number, run in enumerate(runs):
             if records.is_done(folder := records.folder_of(run)):
                 try:
-                    end(number, records.read_record(folder) | {"skipped": "done before"})
-                except UserError as error:  # it cannot be read
+                    end(number, _done(run, folder))
+                except UserError as error:  # it cannot be read, or is of other images
                     end(number, records.new_record(run) | _failure(error))
         waiting = [number for number in range(len(runs)) if number not in ended]
         left = [runs[number] for number in waiting]
@@ -106,14 +107,15 @@ def journey(run: config.Run, display: Display, lanes: int, deadline: float) -> J
             if not mine:
                 return record | {"skipped": "another process is training it"}
             if records.is_done(folder):  # by another process, a moment ago
-                return records.read_record(folder) | {"skipped": "done before"}
+                return _done(run, folder)
             record |= job.facts | {"lanes": lanes}
             try:
                 yield from live(run, job, record, folder, display, deadline)
             except Exception as error:
                 if record["status"] != "failed":  # it came before the training
                     record |= _failure(error)
-                records.write_record(folder, record)
+                with contextlib.suppress(UserError):  # on a full disk it stays as it was: running
+                    records.write_record(folder, record)
             return record
     except Exception as error:
         return record | _failure(error)
@@ -153,8 +155,7 @@ def live(
             checkpoint.save_weights(folder, job.model)
         records.write_record(folder, record)
         if record["status"] == "done":
-            (folder / "done").touch()
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            records.mark_done(folder)
     except Exception as error:
         record |= _failure(error)  # before W&B's page is closed, which says it too
         raise
@@ -163,10 +164,33 @@ def live(
         tracker.finish(record)  # after the marker: a dead server must not hold that up
 
 
+def _done(run: config.Run, folder: Path) -> dict[str, Any]:
+    """The record of a run that is done; raises `UserError` when it is of other images than a `folder` holds now."""
+    record = records.read_record(folder)
+    # all other sets are what they were, and images that are gone are no others
+    if run.dataset.name == "folder" and Path(run.dataset.root).is_dir():
+        images = data.load(run.dataset)
+        now = {
+            "n_train": len(images.subset),
+            "n_test": len(images.test_labels),
+            "class_names": list(images.class_names),
+            "class_counts": images.counts.tolist(),
+            "subset_hash": images.subset_hash,
+        }
+        for key, value in now.items():
+            if (before := record.get(key, value)) != value:
+                raise UserError(
+                    f"{folder} was trained on other images than {run.dataset.root} holds now ({key} was "
+                    f"{reprlib.repr(before)}, now {reprlib.repr(value)}): delete the folder to start the run afresh."
+                )
+    return record | {"skipped": "done before"}
+
+
 def _failure(error: Exception) -> dict[str, str]:
     if isinstance(error, UserError):
         return {"status": "failed", "failure": str(error)}
-    traceback.print_exception(error)  # a defect of ours: all of it
+    with contextlib.suppress(OSError):  # nobody may read it any more
+        traceback.print_exception(error)  # a defect of ours: all of it
     return {"status": "failed", "failure": repr(error)}
 
 

@@ -55,13 +55,16 @@ def train(run: config.Run, deadline: float = math.inf) -> dict[str, Any]:
         except Exception as error:
             expected = isinstance(error, UserError)
             if not expected:
-                traceback.print_exc()  # a defect of ours: all of it
+                with contextlib.suppress(OSError):  # nobody may read it any more
+                    traceback.print_exc()  # a defect of ours: all of it
             record |= {"status": "failed", "failure": str(error) if expected else repr(error)}
             if not leads:
                 record["failure"] = f"Process {distributed.rank()}: {record['failure']}"
-                print(record["failure"], file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    print(record["failure"], file=sys.stderr)
             if "n_train" in record:  # it came with the lock: before, the folder may be another process's
-                _write_failure(folder, record, leads, expected)
+                with contextlib.suppress(UserError):  # on a full disk the record stays as it was: running
+                    _write_failure(folder, record, leads, expected)
             distributed.fall_out()
         display.end(_closing_line(record))
     return record
@@ -133,8 +136,7 @@ def journey(
             checkpoint.save_weights(folder, job.model)
         records.write_record(folder, record)
         if record["status"] == "done":
-            (folder / "done").touch()
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            records.mark_done(folder)
     return record  # W&B's page is closed after this: a dead server must not hold up the marker
 
 
@@ -302,6 +304,11 @@ def choose_micro_batch(
     `MICRO_BATCH`, halved until they fit. Fewer than `share` means that gradients are accumulated. Raises `UserError`
     when what is asked for is impossible.
     """
+    if asked and asked > share:
+        raise UserError(
+            f"engine.micro_batch is {asked}, but each process has only {share} images of a batch: choose at most "
+            f"{share}, or null."
+        )
     wanted = min(share, asked or before or MICRO_BATCH)
     size = _divisor(share, wanted)
     if asked and size != wanted:
@@ -322,6 +329,8 @@ def choose_micro_batch(
             f"{large} images do not fit in the device's memory: gradients are accumulated over micro-batches of "
             f"{size}, each of which batch norm normalises by itself."
         )
+    if before and not asked and size != before:
+        say(f"Batch norm normalised {before} images together until now and {size} from here on.")
     return size
 
 

@@ -10,7 +10,6 @@ there are not written again, and `prepared.json` comes last.
 """
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,18 +171,15 @@ def _check_settings(folder: Path, settings: dict[str, int | None]) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """In this block no other process prepares `folder`; the lock goes with the process, however it ends."""
-    try:
+    with disk.writing(folder, "choose another root"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another root.") from None
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is preparing {folder}: wait for it.") from None
-        for half_written in folder.glob("*.tmp"):  # of a call that was killed
-            half_written.unlink()
+        if not disk.lock(handle, folder, "root"):
+            raise UserError(f"Another process is preparing {folder}: wait for it.")
+        with disk.writing(folder, "choose another root"):
+            for half_written in folder.glob("*.tmp"):  # of a call that was killed
+                half_written.unlink()
         yield
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from cbl import disk
 from cbl.data.prepare.archives import ticker
 from cbl.errors import UserError
 
@@ -48,24 +49,21 @@ def store(
     made: set[Path] = set()
     pending: deque[Future[None]] = deque()
     workers = workers or os.cpu_count() or 1
-    try:
-        # Threads suffice: Pillow decodes, resizes and encodes outside the interpreter lock. And none outlives a kill.
-        with ThreadPoolExecutor(workers) as pool:
-            for done, member in enumerate(members):
-                tick(done)
-                rows[member.split][member.path] = member.label
-                target = folder / member.path
-                if target.parent not in made:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    made.add(target.parent)
-                if not _is_there(target):
-                    pending.append(pool.submit(_write, member.content(), target, short_side))
-                while len(pending) > 8 * workers:  # reading the archive must not run away from writing
-                    pending.popleft().result()
-            while pending:
+    # Threads suffice: Pillow decodes, resizes and encodes outside the interpreter lock. And none outlives a kill.
+    with disk.writing(folder), ThreadPoolExecutor(workers) as pool:
+        for done, member in enumerate(members):
+            tick(done)
+            rows[member.split][member.path] = member.label
+            target = folder / member.path
+            if target.parent not in made:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.add(target.parent)
+            if not _is_there(target):
+                pending.append(pool.submit(_write, member.content(), target, short_side))
+            while len(pending) > 8 * workers:  # reading the archive must not run away from writing
                 pending.popleft().result()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror or error}): make room or mend it.") from None
+        while pending:
+            pending.popleft().result()
     return rows
 
 
