@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
 from hydra import compose, initialize_config_dir
 
 from cbl import config, store
 from cbl.report import tables
+from cbl.report.verdict import bootstrap
 from hydra_plugins.cbl_launcher import to_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +47,41 @@ def test_the_gains_on_cifar100_are_as_it_says() -> None:
     assert {factor: len(values) for factor, values in at.items()} == {"IF 200": 2, "IF 100": 1, "IF 50": 1}
     assert sorted(gain > 0 for values in at.values() for gain in values) == [False, False, True, True]
     assert max(abs(gain) for values in at.values() for gain in values) < 0.7
+
+
+def test_what_matters_on_the_digits_is_as_it_says() -> None:
+    """Clear, either way: the prior, the image order, the drop; half of the first is saved by a slower start."""
+    runs = store.load(ROOT / "results").runs
+    rows = dict(tables.build("ablation_digits", runs).panels[0].rows)
+    prior, order = rows["No prior in the last bias"], rows["Image order: official stream"]
+    for cell in (prior[2], order[0], order[2]):  # without weights
+        assert cell.interval[0] > 1.5
+    for cell in (prior[3], order[1], order[3]):  # with them
+        assert cell.interval[0] < 0 < cell.interval[1]
+    for cell in rows["Learning rate drops: ×0.1"]:
+        assert cell.interval[1] < 0 and -1.3 < cell.mean < -0.45
+    assert 0 < rows["Loss divided by the sum of the drawn weights"][1].interval[0] < 0.5
+    changes = [cell for label, cells in rows.items() if "%" not in label for cell in cells if cell]
+    assert len(changes) == 38 and {len(cell.values) for cell in changes} == {20}
+    as_it_is, warm_up, small_rate, _ = (
+        [cell.mean for cell in cells] for _, cells in tables.build("conditions", runs).panels[0].rows
+    )
+    for slower in (warm_up, small_rate):
+        assert all(slow < 0.5 * fast for slow, fast in zip(slower[:2], as_it_is[:2], strict=True))
+        assert all(slow > 0.6 * fast for slow, fast in zip(slower[2:], as_it_is[2:], strict=True))
+    for cell in tables.build("conditions", runs).panels[0].rows[3][1]:
+        assert cell.interval[0] < 0 < cell.interval[1]
+
+
+def test_intervals_of_twenty_pairs_leave_out_zero_once_in_fourteen_by_chance() -> None:
+    """A percentile bootstrap of a mean is ±1.96 s/√n with s over n, not n − 1: narrower than Student's interval."""
+    from scipy.stats import t
+
+    assert round(1 / (2 * t.sf(1.96 * np.sqrt(19 / 20), 19))) == 14
+    values = np.random.default_rng(0).normal(size=20)
+    low, high = bootstrap(values).interval
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(20), rel=0.03)
+    assert round(38 / 14) == 3  # of the README's 38
 
 
 def test_what_it_names_exists() -> None:

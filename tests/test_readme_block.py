@@ -208,6 +208,25 @@ def test_top_1_and_top_5_are_two_numbers_of_one_setting() -> None:
     assert "Worse: ResNet-50, Softmax on iNaturalist 2018 (+7.14)." in said
 
 
+def test_what_the_band_cannot_tell_apart_is_said(nothing: pd.DataFrame) -> None:
+    """Of two class-balanced cells that agree with the paper, one would agree with its number without balancing too."""
+    plain = tables.Setting("cifar10_lt", 100.0, "softmax", None, 0.0)
+    near, far = plain._replace(beta=0.9), plain._replace(beta=0.99)
+    errors = [tables.Cell("error", plain, 31.0, (31.0,), run_ids=("a",))]
+    errors += [tables.Cell("error", near, 30.0, (30.0,), run_ids=("b",))]
+    errors += [tables.Cell("error", far, 27.0, (27.0,), run_ids=("c",))]
+    gains = [tables.Cell("gain", near, 1.0, (1.0,)), tables.Cell("gain", far, 4.0, (4.0,))]
+    panel = tables.Panel("", ["a", "b", "c"], [("", errors), ("", gains)])
+    table = tables.Table("2", "Table 2: long-tailed CIFAR", "", "", [panel])
+    wide = "of the 2 class-balanced ones 1 would agree with the paper's number without balancing as well."
+    assert f"The band is wide: {wide}" in readme._agreement(table)
+    again = tables.Table("grid10", "Figure 8: the search", "", "", [panel])
+    other = tables.Panel("", ["a"], [("", [tables.Cell("error", plain, 31.0, (31.0,), run_ids=("d",))])])
+    built = {"2": table, "grid10": again, "grid100": tables.Table("grid100", "Figure 10", "", "", [panel, other])}
+    said = readme.findings(built, nothing)
+    assert [line.split(":")[0] for line in said] == ["Table 2", "Figure 8 (runs of Table 2)", "Figure 10"]
+
+
 def test_hours_are_of_the_device_that_runs_share(miniature: pd.DataFrame) -> None:
     shared = miniature.assign(lanes=10, seconds=3600.0)
     assert f"{(shared['status'] == 'done').sum() / 10:.1f} hours on" in " ".join(readme.what_was_run(shared))

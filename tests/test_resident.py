@@ -466,6 +466,19 @@ def test_every_ablated_detail_changes_the_run(tmp_path: Path, change: dict[str, 
     assert last[0] != last[1]
 
 
+def test_a_run_takes_the_records_as_they_are_written_and_the_statistics_of_its_subset(tmp_path: Path) -> None:
+    """The parts are tested elsewhere; here, that they come together. The digits are one file, sorted by class."""
+    changes = {"recipe__image_order": "official_stream", "recipe__input_scaling": "mean_std"}
+    job = prepare(digits(tmp_path, **changes), torch.device("cpu"))
+    labels = job.images.train_labels.numpy()[job.images.subset]
+    assert job.stream.record_order.tolist() == np.argsort(labels, kind="stable").tolist() != list(range(len(labels)))
+    assert (np.diff(labels[job.stream.record_order]) >= 0).all()
+    kept = job.images.train_images.numpy()[job.images.subset] / 255  # (N, H, W, 1)
+    assert float(job.step.scaling.mean) == pytest.approx(kept.mean(), rel=1e-5)
+    assert float(job.step.scaling.std) == pytest.approx(kept.std(), rel=1e-3)
+    assert abs(kept.mean() - job.images.train_images.numpy().mean() / 255) > 1e-4 * kept.mean()  # of all it is another
+
+
 def test_calibration_equals_its_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2000, 7, generator=generator)

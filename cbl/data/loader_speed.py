@@ -35,9 +35,9 @@ def photos(folder: Path, n: int, size: tuple[int, int] = (500, 375), seed: int =
 def compare(folder: Path, names: Sequence[str], image_size: int = 224, rounds: int = 7) -> dict[str, float]:
     """Images per second of CPU time of this process: `ours`, `torchvision` (medians) and the median of their `ratio`.
 
-    The reference is that of torchvision's training recipe: Pillow decodes the file whole, random resized crop (bicubic,
-    antialiased), flip, tensor, float, normalised, stacked into a batch. Ours ends with the uint8 batch, as the rest
-    happens on the device. Both take turns, so that a machine that is busy with others is so for both.
+    The reference is that of torchvision's training recipe, at the same crops: Pillow decodes the file whole, resized
+    crop (bicubic, antialiased), flip, tensor, float, normalised, stacked into a batch. Ours ends with the uint8 batch,
+    as the rest happens on the device. Both take turns, so that a machine that is busy with others is so for both.
     """
     ours, reference = _ours(folder, names, image_size), _reference(folder, names, image_size)
     threads = torch.get_num_threads()
@@ -70,7 +70,6 @@ def _reference(folder: Path, names: Sequence[str], image_size: int) -> Callable[
 
     transform = v2.Compose(
         [
-            v2.RandomResizedCrop(image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
@@ -78,11 +77,14 @@ def _reference(folder: Path, names: Sequence[str], image_size: int) -> Callable[
         ]
     )
 
-    def batch(_: int) -> torch.Tensor:
+    def batch(epoch: int) -> torch.Tensor:
         images = []
-        for name in names:
+        for i, name in enumerate(names):
             with open(folder / name, "rb") as handle:
-                images.append(transform(Image.open(handle).convert("RGB")))
+                image = Image.open(handle).convert("RGB")
+            left, top, w, h = streaming.crop_box(*image.size, image_size, streaming.draw(0, epoch, i))
+            size, bicubic = [image_size, image_size], v2.InterpolationMode.BICUBIC
+            images.append(transform(v2.functional.resized_crop(image, top, left, h, w, size, bicubic, antialias=True)))
         return torch.stack(images)
 
     return batch

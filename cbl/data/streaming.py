@@ -1,7 +1,8 @@
 """Batches of a prepared large set (cbl/data/index.py), decoded from JPEG files as fast as a training step eats them.
 
 Worker processes decode, crop, resize and flip; whole uint8 batches go through pinned memory to the device, where
-`cbl.data.augment.scale` normalises them. The crop is the official one: area 8 to 100 %, aspect 3/4 to 4/3, bicubic.
+`cbl.data.augment.scale` normalises them. The crop is the authors', which is TensorFlow's and smaller than torchvision's
+on average; the bicubic resize is antialiased, as theirs was not.
 
 Nothing here has a state. The order of an epoch is a function of (seed, epoch), what an image looks like in it of
 (seed, epoch, number of the image). So a run goes on inside an epoch without a stored generator, and the number of
@@ -42,8 +43,9 @@ STATISTICS = {
 }
 
 AREA = (0.08, 1.0)  # of the crop, as a share of the image
+COVERED = 0.1  # and at least this, or it is drawn again
 ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
-_TRIES = 10  # crops drawn before falling back to the largest central one, as in torchvision
+_TRIES = 10  # crops drawn before falling back to the one that is evaluated
 _UNIFORMS = 2 * _TRIES + 3  # numbers drawn per image, whatever is done with them
 _IN_A_ROW = 100  # unreadable images next to each other are no accident, nor are so many that are 1 % of a set
 _TICK = 5  # seconds between two looks whether the workers live
@@ -63,23 +65,26 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch)))).permutation(n)
 
 
-def crop_box(width: int, height: int, uniform: np.ndarray) -> tuple[int, int, int, int]:
+def crop_box(width: int, height: int, image_size: int, uniform: np.ndarray) -> tuple[int, int, int, int]:
     """(left, top, width, height) in pixels of a random crop; `uniform` are at least 2·10 + 2 numbers in [0, 1).
 
-    Distributed as torchvision's RandomResizedCrop: area share uniform over `AREA`, logarithm of the aspect uniform
-    over `ASPECT`, drawn up to 10 times until it fits; else the largest central crop whose aspect is in `ASPECT`.
+    Distributed as that of the authors' TPU code: the aspect is uniform over `ASPECT`, the height between those of the
+    areas `AREA` at that aspect, as far as the image reaches. Up to 10 times, until it covers enough of the image; else,
+    and when it is the whole image, `centre_box`.
     """
-    low, high = map(math.log, ASPECT)
     for i in range(_TRIES):
-        area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * float(uniform[2 * i]))
-        aspect = math.exp(low + (high - low) * float(uniform[2 * i + 1]))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
+        aspect = ASPECT[0] + (ASPECT[1] - ASPECT[0]) * float(uniform[2 * i])
+        low, high = (round(math.sqrt(share * width * height / aspect)) for share in AREA)
+        high = min(high, height, int((width + 0.5 - 1e-7) / aspect))  # the last: the width is rounded
+        low = min(low, high)
+        h = low + int(uniform[2 * i + 1] * (high - low + 1))
+        w = round(h * aspect)
+        if (w, h) == (width, height):
+            break
+        if w <= width and w * h >= max(1, COVERED * width * height):
             x, y = uniform[2 * _TRIES : 2 * _TRIES + 2]
-            return int(x * (width - w + 1)), int(y * (height - h + 1)), w, h
-    w = min(width, round(height * ASPECT[1]))
-    h = min(height, round(width / ASPECT[0]))
-    return (width - w) // 2, (height - h) // 2, w, h
+            return int(x * (width - w)), int(y * (height - h)), w, h  # never the last place, as theirs
+    return centre_box(width, height, image_size)
 
 
 def centre_box(width: int, height: int, image_size: int) -> tuple[int, int, int, int]:
@@ -144,8 +149,8 @@ class Decoder:
                 left, top, w, h = centre_box(width, height, self.image_size)
                 flip, shrink = False, 1  # decoded whole: what is reported must not depend on a short cut
             else:
-                uniform = _draw(*request.key, request.number)
-                left, top, w, h = crop_box(width, height, uniform)
+                uniform = draw(*request.key, request.number)
+                left, top, w, h = crop_box(width, height, self.image_size, uniform)
                 flip, shrink = bool(uniform[-1] < 0.5), max(1, min(w, h) // self.image_size)
             with _reading():
                 if shrink > 1:
@@ -179,7 +184,7 @@ def _reading() -> Iterator[None]:
         raise Unreadable(str(error) or type(error).__name__) from None
 
 
-def _draw(seed: int, epoch: int, number: int) -> np.ndarray:
+def draw(seed: int, epoch: int, number: int) -> np.ndarray:
     """The random numbers of image `number` in an epoch, in [0, 1)."""
     # 1 +: numpy takes (seed, epoch) and (seed, epoch, 0) for the same. PCG64 starts six times as fast as the usual
     # MT19937, whose start would be a tenth of an image's time.

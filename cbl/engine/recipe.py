@@ -70,8 +70,8 @@ class Stream:
 
     Drawn on the CPU block by block from `(seed, block)`, so that any device, any neighbour and a resumed run see the
     same. With `order="shuffle"` a block is an epoch and each image comes once. With `"official_stream"` a block is
-    what the official pipeline gives between two of its restarts, every 2 epochs: records sorted by class, repeated,
-    through a shuffle buffer of 0.4 N + 3 * batch_size records.
+    what the official pipeline gives between two of its restarts, every 2 epochs: the records in `record_order`,
+    repeated, through a shuffle buffer of 0.4 N + 3 * batch_size records.
     """
 
     n: int  # training images

@@ -13,7 +13,7 @@ from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
 from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
-from cbl.report.verdict import SAME, bootstrap, interval_name
+from cbl.report.verdict import SAME, bootstrap, interval_name, verdict
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMED = 3  # cells named in a sentence; the others are counted
@@ -82,9 +82,14 @@ def findings(built: Mapping[str, Table], runs: pd.DataFrame) -> list[str]:
     Last, what another arithmetic than fp32 does to the error.
     """
     said = []
+    compared: dict[str, str] = {}  # with the paper: by run the table that did so first
     for table in built.values():
         if sentences := _agreement(table) + _gains(table) + _changes(table) + _moved(table):
-            said.append(f"{table.short}: {' '.join(sentences)}")
+            mine = {run_id for cell in table.cells() if cell.paper is not None for run_id in cell.run_ids}
+            before = {compared[run_id] for run_id in mine if run_id in compared}
+            known = f" (runs of {' and '.join(sorted(before))})" if before and mine <= compared.keys() else ""
+            said.append(f"{table.short}{known}: {' '.join(sentences)}")
+            compared = {**dict.fromkeys(mine, table.short), **compared}
     return said + _dtypes(runs)
 
 
@@ -116,11 +121,20 @@ def _agreement(table: Table) -> list[str]:
         f"{plural(len(run), 'number')} compared, {count['agrees']} within two standard errors of the paper, "
         f"{count['better']} better, {count['worse']} worse, {signed(mean)} points on average."
     ]
-    for verdict in ("better", "worse"):
-        apart = [cell for cell in run.values() if cell.verdict == verdict]
+    # of those that the paper has with and without balancing, how many could be either
+    gains = {cell.setting: cell.paper for panel in table.panels for cell in panel.cells() if cell.kind == "gain"}
+    balanced = [(cell, gains[cell.setting]) for cell in run.values() if gains.get(cell.setting) is not None]
+    either = sum(verdict((cell.paper or 0.0) + (gain or 0.0), cell.values) == "agrees" for cell, gain in balanced)
+    if either:
+        said.append(
+            f"The band is wide: of the {len(balanced)} class-balanced ones {either} would agree with the paper's "
+            "number without balancing as well."
+        )
+    for judged in ("better", "worse"):
+        apart = [cell for cell in run.values() if cell.verdict == judged]
         if apart:
             apart.sort(key=lambda cell: -abs(cell.difference or 0.0))
-            said.append(f"{verdict.capitalize()}: {_listed(apart, [cell.difference or 0.0 for cell in apart])}.")
+            said.append(f"{judged.capitalize()}: {_listed(apart, [cell.difference or 0.0 for cell in apart])}.")
     return said
 
 

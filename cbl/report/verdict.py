@@ -1,7 +1,7 @@
 """How our numbers are judged: against the paper by the noise of both, and class balancing against its own baseline.
 
-The authors give single runs without a spread. Their own re-run implies about 0.7 points from run to run and subset to
-subset, so that is the noise assumed for every number of theirs, and for ours where fewer than three runs tell it.
+The authors give single runs without a spread. Their own re-run implies about 0.7 points from run to run, so that is the
+noise assumed for every number of theirs, and for ours where fewer than three runs tell it.
 """
 
 from collections.abc import Mapping, Sequence
