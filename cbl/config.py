@@ -289,6 +289,7 @@ def _resolve(run: Run) -> Run:
     drop = run.recipe.drop
     if drop is None:
         drop = 0.1 if run.dataset.imbalance_factor == 1 or run.dataset.name in LARGE else 0.01
+    root = os.path.expanduser(run.dataset.root)  # a shell leaves the ~ of key=~/folder alone
     bias = (run.loss.kind != "softmax") if run.model.prior_bias is None else run.model.prior_bias
     return dataclasses.replace(
         run,
@@ -298,10 +299,11 @@ def _resolve(run: Run) -> Run:
             flip=flip,
             subset_seed=0 if whole else run.dataset.subset_seed,
             # part of the name: one, however it is spelled
-            root=os.path.normpath(run.dataset.root) if run.dataset.name == "folder" else run.dataset.root,
+            root=os.path.normpath(root) if run.dataset.name == "folder" else root,
         ),
         model=dataclasses.replace(run.model, prior_bias=bias),
         recipe=dataclasses.replace(run.recipe, drop=drop),
+        output_dir=os.path.expanduser(run.output_dir),
     )
 
 

@@ -1,7 +1,6 @@
 """Files that are whole or not there, and a lock to wait for: for whatever writes to a disk."""
 
 import contextlib
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -51,6 +50,8 @@ def lock(handle: IO, folder: Path, setting: str) -> bool:
 
     Raises `UserError` where there are no locks; `setting` is what says where the folder is.
     """
+    import fcntl  # here, as Hydra imports our launcher in other people's applications too, on Windows as well
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -68,6 +69,8 @@ def locked(path: Path) -> Iterator[None]:
 
     Who comes second says so and waits.
     """
+    import fcntl
+
     with open(path, "w") as handle:
         if not lock(handle, path.parent, "folder"):
             print("Waiting for another process that is downloading the same files.", file=sys.stderr, flush=True)

@@ -100,8 +100,8 @@ class ResidentLauncher(Launcher):
             if isinstance(run, UserError):
                 print(f"{' '.join(overrides)}: {run}", file=sys.stderr)
                 refused += 1
-            else:
-                runs[config.run_id(run)] = run  # the same settings twice are one run
+            elif runs.setdefault(config.run_id(run), run) != run:
+                print(f"{' '.join(overrides)}: the same run as another of this sweep, trained once.", file=sys.stderr)
         ended = train(list(runs.values()))
         if refused or exit_status(ended):
             raise SystemExit(1)

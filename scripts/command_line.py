@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import checkout  # noqa: F401
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,7 +45,14 @@ def one_line() -> Iterator[None]:
 
 
 def flags_first() -> None:
-    """Lets -m stand anywhere in the command; Hydra's parser wants all overrides on one side of it."""
+    """Lets -m stand anywhere in the command; Hydra's parser wants all overrides on one side of it.
+
+    Refuses several named sweeps, of which Hydra would run none.
+    """
+    for argument in sys.argv[1:]:
+        if argument.startswith("sweep=") and "," in argument:
+            one, *_ = argument.removeprefix("sweep=").split(",")
+            raise UserError(f"{argument} names several sweeps: give a command one, such as sweep={one}.")
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
 
 
@@ -75,6 +83,8 @@ def _sentence(error: Exception) -> str:
     if found := re.search(r"Could not find '([\w./]+)'\s+Available options in '([\w/]+)':((?:\n\t.*)+)", text):
         group, option = found[2], found[1].removeprefix(found[2] + "/")
         return f"Unknown {group} '{option}'{config.nearest(option, found[3].split())}"
+    if found := re.search(r"LexerNoViableAltException: (\S+?)=(.*)\n", text):
+        return f"Hydra reads {found[1]}={found[2]} only with its value in quotes: '{found[1]}=\"{found[2]}\"'."
     return " ".join(text.split())
 
 

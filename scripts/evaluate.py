@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import checkout  # noqa: F401
+
 from cbl import config, records
 from cbl.errors import UserError
 

@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import checkout  # noqa: F401
+
 from cbl.errors import UserError
 
 

@@ -13,6 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import checkout  # noqa: F401
+
 from cbl.data import index, prepare
 from cbl.errors import UserError
 

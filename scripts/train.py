@@ -32,6 +32,6 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    flags_first()
     with one_line():
+        flags_first()
         main()

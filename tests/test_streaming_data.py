@@ -70,6 +70,13 @@ ORDER = [6, 3, 5, 0, 7, 2, 1, 4]
 DRAWN = [0.041726847, 0.899998098, 0.188948667]
 
 
+@pytest.mark.parametrize("n, official, fewer", [(579184, 50905, 55), (437513, 38454, 24), (1281167, 112603, 13)])
+def test_steps_of_the_large_sets_are_as_the_recipe_says(n, official, fewer):
+    """configs/recipe/large.yaml does: whole steps in an epoch, 90 epochs, batches of 1024."""
+    assert 90 * streaming.steps_per_epoch(n, 1024) == official - fewer
+    assert math.ceil(90 * n / 1024) == official
+
+
 @given(
     st.integers(1, 4000), st.integers(1, 4000), st.lists(st.floats(0, 1, exclude_max=True), min_size=22, max_size=22)
 )
