@@ -76,18 +76,20 @@ def is_done(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[bool]:
+def lock(folder: Path, setting: str = "output_dir") -> Iterator[bool]:
     """True when this process alone may write to `folder`; the lock goes with the process, however it ends.
 
     Makes the folder, and removes what a killed process left half written; raises `UserError` when that cannot be done.
+    `setting` is what says where the folder is.
     """
-    with disk.writing(folder, "choose another output_dir"):
+    remedy = f"choose another {setting}"
+    with disk.writing(folder, remedy):
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
     with handle:
-        mine = disk.lock(handle, folder, "output_dir")
+        mine = disk.lock(handle, folder, setting)
         if mine:
-            with disk.writing(folder, "choose another output_dir"):
+            with disk.writing(folder, remedy):
                 for half_written in folder.glob("*.tmp"):
                     half_written.unlink()
         yield mine

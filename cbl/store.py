@@ -9,10 +9,11 @@ All three are sorted by setting and seed and written in one fixed form, so that 
 
 import io
 import math
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ POINTS = 50  # of a published curve: as many as a figure can show
 _ORDER = ["dataset", "imbalance_factor", "model", "loss", "gamma", "beta", "reduction", "overrides", "epochs", "dtype"]
 _ORDER += ["seed", "subset_seed", "run_id"]
 _RANK = {"running": 0, "failed": 1, "done": 2}  # of two readings of a run the higher status counts
+_LINE_END = r"\r\n?", "\n"
 _PERCENT = {name for name in RUNS if name.startswith("error_")} | {"ece", "error", "test_error"}
 
 
@@ -72,23 +74,32 @@ def read_folders(paths: Iterable[Path | str]) -> Store:
     """All runs in `paths`, each a run folder or a folder of run folders (outputs/runs, or another machine's).
 
     Runs under way are among them, with status running. A record that cannot be read costs a warning, not the others.
-    Raises `UserError` for a path that does not exist.
+    Raises `UserError` for a path that does not exist or cannot be read.
     """
     store = _store([])
     for path in map(Path, paths):
-        if not path.is_dir():
-            raise UserError(f"{path} is no folder: train a run first, or give the folder that runs were written to.")
-        folders = [path] if (path / "result.json").exists() else sorted(path.iterdir())
-        folders = [folder for folder in folders if (folder / "result.json").exists()]
-        if not folders:
-            store.warnings.append(f"{path} holds no runs.")
-        found = []
+        try:
+            if not path.is_dir():
+                raise UserError(
+                    f"{path} is no folder: train a run first, or give the folder that runs were written to."
+                )
+            folders = [path] if (path / "result.json").exists() else sorted(path.iterdir())
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}): mend it, or give another folder."
+            ) from None
+        found, skipped = [], []
         for folder in folders:
             try:
-                record, metrics = records.read_record(folder), records.read_metrics(folder)
-                found.append(_one_run(record, metrics, records.is_done(folder)))
+                if (folder / "result.json").exists():
+                    record, metrics = records.read_record(folder), records.read_metrics(folder)
+                    found.append(_one_run(record, metrics, records.is_done(folder)))
             except UserError as error:
-                store.warnings.append(f"Skipped: {error}")
+                skipped.append(f"Skipped: {error}")
+            except (OSError, ValueError, TypeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                skipped.append(f"Skipped: {folder} cannot be read ({reason}).")
+        store.warnings.extend(skipped if found or skipped else [f"{path} holds no runs."])
         store = merge(store, _store(found))
     return store
 
@@ -193,7 +204,7 @@ def publish(new: Store, results: Path | str) -> Published:
     ended = new.runs[new.runs["status"].isin(["done", "failed"])]
     given = _sorted(ended, new.per_class, _thin(new.curves), new.warnings)
     while True:
-        with records.lock(results) as mine:
+        with records.lock(results, "--results") as mine:
             if mine:
                 old = load(results)
                 store = merge(old, given)
@@ -285,8 +296,25 @@ def _one_run(record: dict[str, Any], metrics: list[dict[str, Any]], done: bool) 
         {"run_id": name, "class_index": index, "class_name": label, "n_train": count, "error": error}
         for index, (label, count, error) in enumerate(zip(*lists, strict=False))
     ]
+    if strange := [point for point in metrics if not isinstance(point, dict)]:
+        raise UserError(f"the metrics of {name} have a row {strange[0]!r}, which no run of this project writes.")
     curves = [{key: point.get(key) for key in CURVES} | {"run_id": name} for point in metrics if "step" in point]
+    for details, kinds in ((per_class, PER_CLASS), (curves, CURVES)):
+        for one, (key, kind) in product(details, kinds.items()):
+            if not _fits(one[key], kind):
+                raise UserError(f"{name} has {key} = {one[key]!r} in its details, which no run of this project writes.")
     return row, per_class, curves
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether `_typed` takes it: a number, or a text of one, as "NaN" in what W&B gives."""
+    if kind == "str" or value is None:
+        return True
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return False
+    return kind == "Float64" or number.is_integer()
 
 
 def _store(found: list[tuple[dict, list[dict], list[dict]]]) -> Store:
@@ -305,14 +333,17 @@ def _frame(rows: Iterable[dict[str, Any]], kinds: dict[str, str]) -> pd.DataFram
 def _typed(frame: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
     """The columns of `kinds`, added where missing, then the foreign ones as text; rounded to what is published.
 
+    Lines of a text end with \\n: pandas leaves a lone \\r unquoted, and reads it back as the end of a row.
     Raises ValueError or TypeError for a text where a number belongs, and a fraction where a whole one does.
     """
+    frame = frame.rename(columns=lambda name: re.sub(*_LINE_END, name))
     columns = {}
     for name in dict.fromkeys([*kinds, *frame.columns]):
         kind = kinds.get(name, "str")
         column = frame[name] if name in frame else pd.Series(None, index=frame.index, dtype="object")
         if kind == "str":
-            columns[name] = column.astype("object").where(column.notna(), "").astype("str")
+            text = column.astype("object").where(column.notna(), "").astype("str")
+            columns[name] = text.str.replace(*_LINE_END, regex=True)
             continue
         column = pd.to_numeric(column.replace("", None)).astype(kind)
         if name in _PERCENT:
@@ -359,6 +390,8 @@ def _read_csv(path: Path, kinds: dict[str, str]) -> pd.DataFrame:
         return _typed(frame, kinds)
     except FileNotFoundError:
         return _frame([], kinds)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): mend it.") from None
     except (ValueError, TypeError) as error:  # pandas' own errors among them
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} is damaged ({reason}): mend it, or take an older version from git.") from None

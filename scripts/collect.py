@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import checkout  # noqa: F401
+
 from cbl import store
 from cbl.errors import UserError
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from command_line import output_folder, results_folder
 from matplotlib.figure import Figure
 
-from cbl import store
+from cbl import disk, store
 from cbl.config import nearest
 from cbl.errors import UserError
 from cbl.report import figures, paper
@@ -119,8 +119,9 @@ def main() -> None:
     for name in arguments.names or FIGURES:
         figure = FIGURES[name].draw(found)
         if figure is None:
-            for kind in ("svg", "png"):
-                (out / f"{name}.{kind}").unlink(missing_ok=True)  # it would show runs that are gone
+            with disk.writing(out):
+                for kind in ("svg", "png"):
+                    (out / f"{name}.{kind}").unlink(missing_ok=True)  # it would show runs that are gone
             print(f"{name}: not drawn, for want of runs; {FIGURES[name].command}, then make collect")
         else:
             figures.save(figure, out / name)

@@ -64,6 +64,12 @@ WRONG = [
         r"dataset.imbalance_factor is 0.01, but .*; write 100 for what other code calls .*",
     ),
     ("loss=[1", r".+"),
+    (
+        "dataset.root=~/images",
+        r"Hydra reads dataset.root=~/images only with its value in quotes: 'dataset.root=\"~/images\"'\.",
+    ),
+    ("output_dir=/größe", r"Hydra reads output_dir=/größe only with its value in quotes: .*"),
+    ("sweep=beta,imbalance", r"sweep=beta,imbalance names several sweeps: give a command one, such as sweep=beta\."),
     ("loss.beta", r".*'loss.beta'.*"),
     ("seed=0,1", r"Ambiguous value for argument 'seed=0,1' .*--multirun.*"),
     # options that Hydra takes for numbers, and a group that is no part of a run
@@ -219,6 +225,41 @@ def test_a_sweep_writes_where_its_runs_are_and_nowhere_else(train: Train, tmp_pa
 @pytest.mark.skipif(
     not Path("/proc/self/cmdline").exists() or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
 )
+def test_a_tilde_is_home(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert train(*DIGITS, 'output_dir="~/größe"')[0] == 0
+    assert len(list((tmp_path / "home/größe").glob("*/done"))) == 1 and not (tmp_path / "~").exists()
+
+
+def test_jobs_of_a_sweep_that_are_one_run_are_said(train: Train, tmp_path: Path) -> None:
+    status, _, said = train("-m", *DIGITS, "engine.checkpoint_seconds=10,20", f"output_dir={tmp_path / 'runs'}")
+    assert status == 0 and len(list((tmp_path / "runs").glob("*/done"))) == 1
+    assert len(re.findall(r"checkpoint_seconds=20 .*: the same run as another of this sweep, trained once", said)) == 1
+
+
+def test_a_wrong_command_line_is_answered_without_torch() -> None:
+    """Which takes seconds to import; and Hydra imports our launcher in other people's applications too."""
+    code = "import sys; sys.modules['fcntl'] = None; import hydra_plugins.cbl_launcher; del sys.modules['fcntl']; "
+    code += "import cbl.config, cbl.records, cbl.store, cbl.tracking; assert 'torch' not in sys.modules; "
+    code += "import cbl; assert cbl.ClassBalancedLoss is cbl.losses.ClassBalancedLoss and 'class_counts' in dir(cbl)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPT.parent.parent)
+
+
+def test_scripts_take_the_checkout_they_are_in(tmp_path: Path) -> None:
+    """And not a `cbl` that is installed as well, or lies before it on the path."""
+    (tmp_path / "cbl").mkdir()
+    (tmp_path / "cbl/__init__.py").write_text("raise SystemExit('another one')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for script in sorted(SCRIPT.parent.glob("*.py")):
+        command = [
+            sys.executable,
+            str(script),
+            *(["--help"] if "ArgumentParser" in script.read_text() else ["--info", "x"]),
+        ]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert "another one" not in done.stderr, script
+
+
 def test_the_processes_of_a_sweep_leave_ctrl_c_to_their_parent_from_their_beginning(tmp_path: Path) -> None:
     """A terminal sends it to all; here to them alone, on and on, while they import torch and while they train."""
     command = [sys.executable, str(SCRIPT), "-m", *DIGITS, "seed=0,1"]

@@ -701,6 +701,13 @@ def test_drawn_again_the_files_are_the_same_byte_by_byte(miniature, tmp_path):
     assert b"date" not in first["fig5.svg"].split(b"<defs>")[0]
 
 
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_a_full_disk_is_one_sentence(tmp_path, kind):
+    (tmp_path / f"fig3.{kind}").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"^{tmp_path} cannot be written to \(No space left on device\): make room"):
+        figures.save(figures.fig3(), tmp_path / "fig3")
+
+
 # -- the script --------------------------------------------------------------------------------------------------------
 
 
@@ -713,6 +720,14 @@ def test_script_draws_what_it_can_and_says_what_makes_the_rest(tmp_path, monkeyp
     script().main()
     assert sorted(path.name for path in stale.parent.iterdir()) == ["fig3.png", "fig3.svg"]
     assert "fig8: not drawn, for want of runs; make reproduce-table TABLE=grid10" in capsys.readouterr().out
+
+
+def test_script_says_so_when_it_cannot_delete_a_stale_figure(tmp_path, monkeypatch):
+    (tmp_path / "figures" / "fig8.svg").mkdir(parents=True)
+    store.publish(store.read_folders([]), tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--results", str(tmp_path), "fig8"])
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'figures'} cannot be written to \(Is a directory\)"):
+        script().main()
 
 
 def test_script_draws_unpublished_runs_elsewhere(tmp_path, monkeypatch):

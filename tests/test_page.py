@@ -183,9 +183,10 @@ def test_render_of_other_results_leaves_the_readme_alone(monkeypatch: pytest.Mon
 
 
 def test_render_local_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("no results here")
-    render(monkeypatch, "--runs", MINIATURE / "runs", "--out", tmp_path / "out", "--readme", readme, "--tables", "2")
+    render(monkeypatch, "--runs", MINIATURE / "runs", "--out", tmp_path / "out", "--tables", "2")
     names = ["index.html", "table2.csv", "table2.md", "table2.tex"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert readme.read_text() == "no results here"
@@ -201,6 +202,35 @@ def test_render_takes_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("inat", "3\n2\n", ": Table 1 wants counts of inaturalist2017, inaturalist2018, imagenet, not of 'inat'."),
+        ("cifar10_lt", "3\n2\n", ": Table 1 wants counts of inaturalist2017, inaturalist2018, imagenet, not of 'cifar"),
+        ("imagenet", "\n", ": the file is empty, but wants a whole number of 1 or more for each class."),
+        ("imagenet", "3\n2\n0\n-5\n", ": the file holds -5, but wants a whole number of 1 or more for each class."),
+        ("imagenet", "3\n0\n", ": the file holds 0, but wants"),
+        ("imagenet", "3\n2.5\n", " cannot be read (invalid literal for int() with base 10: '2.5'): write NAME=FILE"),
+    ],
+)
+def test_render_refuses_counts_that_are_none(
+    name: str,
+    text: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "counts.txt").write_text(text)
+    counts = f"{name}={tmp_path / 'counts.txt'}"
+    with pytest.raises(SystemExit) as stopped:
+        render(monkeypatch, "--runs", MINIATURE / "runs", "--out", tmp_path / "out", "--counts", counts)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"--counts {counts}{sentence}") and "\n" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--results", "nowhere"], "nowhere has no runs.csv"),
@@ -213,6 +243,18 @@ def test_render_takes_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         (
             ["--runs", str(MINIATURE / "second_machine"), "--counts", "imagenet=nowhere"],
             "--counts imagenet=nowhere cannot be read",
+        ),
+        (
+            ["--runs", str(MINIATURE / "second_machine"), "--readme", "README.md"],
+            "--readme is for the published runs in their own place: leave it out, or --runs and --out.",
+        ),
+        (
+            ["--results", "nowhere", "--out", "out", "--readme", "README.md"],
+            "--readme is for the published runs in their own place: leave it out, or --runs and --out.",
+        ),
+        (
+            ["--results", "nowhere", "--readme", "nowhere.md"],
+            "nowhere.md cannot be read (No such file or directory): give --readme a file with a results block.",
         ),
     ],
 )

@@ -66,6 +66,11 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         records.lock(tmp_path / "file" / "run"),
     ):
         pass
+    with (
+        pytest.raises(UserError, match=r"\(Not a directory\): choose another --results\.$"),
+        records.lock(tmp_path / "file" / "results", "--results"),
+    ):
+        pass
 
 
 # -- metrics.jsonl -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """From run folders to results/: what is read, what is merged, what is published, on the runs of tests/miniature."""
 
+import csv
+import errno
 import json
 import multiprocessing
 import shutil
@@ -111,6 +113,64 @@ def test_record_of_an_unknown_status_is_skipped(tmp_path):
     records.write_record(folder, records.read_record(folder) | {"status": "finished"})
     found = store.read_folders([tmp_path])
     assert names(found) == [] and "status = 'finished'" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [
+        (b'{"step": 1}\n\xff\n', "{folder} cannot be read ('utf-8' codec can't decode byte 0xff in position 12: "),
+        (b'{"step": 1}\n7\n', "the metrics of {name} have a row 7, which"),
+        (b'"no step"\n', "the metrics of {name} have a row 'no step', which"),
+        (b'{"step": 1, "test_error": "low"}\n', "{name} has test_error = 'low' in its details"),
+        (b'{"step": 1.5}\n', "{name} has step = 1.5 in its details"),
+    ],
+    ids=["not UTF-8", "bare number", "bare text", "text for a number", "fraction"],
+)
+def test_metrics_that_cannot_be_read_cost_one_warning_and_nothing_else(tmp_path, metrics, says):
+    whole = shutil.copytree(RUNS / FAILED, tmp_path / FAILED).name
+    folder = shutil.copytree(RUNS / TWICE, tmp_path / TWICE)
+    (folder / "metrics.jsonl").write_bytes(metrics)
+    found = store.read_folders([tmp_path])
+    assert names(found) == [whole] and len(found.warnings) == 1
+    assert found.warnings[0].startswith("Skipped: " + says.format(folder=folder, name=TWICE))
+
+
+@pytest.mark.parametrize("damage", [{"class_counts": 5}, {"class_counts": ["many"] * 10}])
+def test_classes_that_cannot_be_read_cost_one_warning_and_nothing_else(tmp_path, damage):
+    whole = shutil.copytree(RUNS / FAILED, tmp_path / FAILED).name
+    folder = shutil.copytree(RUNS / TWICE, tmp_path / TWICE)
+    records.write_record(folder, records.read_record(folder) | damage)
+    found = store.read_folders([tmp_path])
+    assert names(found) == [whole]
+    assert len(found.warnings) == 1 and found.warnings[0].startswith("Skipped: ") and TWICE in found.warnings[0]
+
+
+def deny(monkeypatch, method: str, denied: Path) -> None:
+    """Permission bits do not bind root."""
+    real = getattr(Path, method)
+
+    def checked(path: Path) -> object:
+        if denied in (path, path.parent):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, method, checked)
+
+
+def test_a_folder_among_them_that_cannot_be_read_costs_one_warning_and_nothing_else(tmp_path, monkeypatch):
+    shutil.copytree(RUNS / TWICE, tmp_path / TWICE)
+    (tmp_path / "lost+found").mkdir()
+    deny(monkeypatch, "exists", tmp_path / "lost+found")
+    found = store.read_folders([tmp_path])
+    assert names(found) == [TWICE]
+    assert found.warnings == [f"Skipped: {tmp_path / 'lost+found'} cannot be read (Permission denied)."]
+
+
+@pytest.mark.parametrize("method", ["is_dir", "exists", "iterdir"])
+def test_a_path_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, method):
+    deny(monkeypatch, method, tmp_path)
+    with pytest.raises(UserError, match=rf"^{tmp_path} cannot be read \(Permission denied\): mend it"):
+        store.read_folders([tmp_path])
 
 
 def test_run_without_its_marker_is_not_done(tmp_path):
@@ -318,6 +378,26 @@ def test_foreign_columns_are_kept_to_the_right(tmp_path):
     assert_frame_equal(back.runs, result.store.runs)
 
 
+def test_texts_of_several_lines_read_back(tmp_path):
+    folder = shutil.copytree(RUNS / FAILED, tmp_path / "runs" / FAILED)
+    classes = {"class_names": ["a\rb", "c\r\nd"], "class_counts": [2, 1], "per_class_error": [0.5, 1.5]}
+    records.write_record(folder, records.read_record(folder) | classes | {"failure": "one\rtwo\r\nthree\n\rfour"})
+    results = tmp_path / "results"
+    store.publish(store.read_folders([folder]), results)
+    table = pd.read_csv(results / "runs.csv", dtype="str", keep_default_na=False)
+    table["my\rnote"] = ["look\rhere\r\nand there"]
+    table.to_csv(results / "runs.csv", index=False, quoting=csv.QUOTE_ALL)  # as another program writes it
+    again = store.publish(store.read_folders([folder, SECOND]), results)
+    assert (again.changed, again.kept) == (0, 1)
+    back = store.load(results)
+    assert_frame_equal(back.runs, again.store.runs)
+    assert_frame_equal(back.per_class, again.store.per_class)
+    row = back.runs.set_index("run_id").loc[FAILED]
+    assert row["failure"] == "one\ntwo\nthree\n\nfour" and row["my\nnote"] == "look\nhere\nand there"
+    assert back.per_class.query("run_id == @FAILED")["class_name"].tolist() == ["a\nb", "c\nd"]
+    assert b"\r" not in b"".join(published(results).values())
+
+
 def test_curves_are_thinned_and_keep_their_last_point(tmp_path):
     folder = shutil.copytree(RUNS / TWICE, tmp_path / "runs" / TWICE)
     (folder / "metrics.jsonl").unlink()
@@ -354,6 +434,12 @@ def test_damaged_file_is_refused_and_left_alone(tmp_path, damage, says):
         store.publish(store.read_folders([SECOND]), tmp_path)
     assert "runs.csv" in str(refusal.value) and "\n" not in str(refusal.value)
     assert published(tmp_path) == before
+
+
+def test_published_runs_that_cannot_be_read_are_one_sentence(tmp_path):
+    (tmp_path / "runs.csv").mkdir()
+    with pytest.raises(UserError, match=r"runs.csv cannot be read \(Is a directory\): mend it\.$"):
+        store.load(tmp_path)
 
 
 def test_store_without_runs(tmp_path):
@@ -521,6 +607,13 @@ def test_collect_refuses_in_one_sentence(tmp_path):
         == f"{tmp_path / 'none'} is no folder: train a run first, or give the folder that runs were written to.\n"
     )
     assert not (tmp_path / "results").exists()
+    (tmp_path / "file").touch()
+    refused = collect(SECOND, "--results", tmp_path / "file" / "results")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert (
+        refused.stderr
+        == f"{tmp_path / 'file/results'} cannot be written to (Not a directory): choose another --results.\n"
+    )
 
 
 def test_readme_of_the_results_is_up_to_date():

@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from cbl import class_counts, effective_number
+from cbl import class_counts, disk, effective_number
 from cbl.config import Dataset, Recipe
 from cbl.report import formats, tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
@@ -103,14 +103,18 @@ styled = mpl.rc_context(STYLE)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Writes `stem`.svg and `stem`.png; the same figure gives the same bytes, so drawing it again makes no diff."""
+    """Writes `stem`.svg and `stem`.png; the same figure gives the same bytes, so drawing it again makes no diff.
+
+    Raises `UserError` where they cannot be written.
+    """
     svg, png = (stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png"))
-    with mpl.rc_context({"svg.hashsalt": "cbl", "svg.fonttype": "path"}):
-        figure.savefig(svg, metadata={"Date": None, "Creator": None})
-        figure.savefig(png, metadata={"Software": None}, dpi=200)
-    with Image.open(png) as image:  # 256 colours do for lines on white, in a third of the bytes
-        few = image.convert("RGB").quantize(dither=Image.Dither.NONE)
-    few.save(png, optimize=True)
+    with disk.writing(stem.parent):
+        with mpl.rc_context({"svg.hashsalt": "cbl", "svg.fonttype": "path"}):
+            figure.savefig(svg, metadata={"Date": None, "Creator": None})
+            figure.savefig(png, metadata={"Software": None}, dpi=200)
+        with Image.open(png) as image:  # 256 colours do for lines on white, in a third of the bytes
+            few = image.convert("RGB").quantize(dither=Image.Dither.NONE)
+        few.save(png, optimize=True)
     return [svg, png]
 
 
