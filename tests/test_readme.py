@@ -8,8 +8,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from cbl import config, store
-from cbl.report import tables
-from cbl.report.verdict import bootstrap
+from cbl.report import paper, tables
+from cbl.report.verdict import PAPER_SD, bootstrap
 from hydra_plugins.cbl_launcher import to_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,9 +44,28 @@ def test_the_gains_on_cifar100_are_as_it_says() -> None:
     [panel] = [p for p in tables.build("2", store.load(ROOT / "results").runs).panels if p.title == "CIFAR-100"]
     [gains] = [cells for label, cells in panel.rows if label == "Gain of balancing"]
     at = {factor: gain.values for factor, gain in zip(panel.columns, gains, strict=True) if gain and gain.values}
-    assert {factor: len(values) for factor, values in at.items()} == {"IF 200": 2, "IF 100": 1, "IF 50": 1}
-    assert sorted(gain > 0 for values in at.values() for gain in values) == [False, False, True, True]
+    assert {factor: len(values) for factor, values in at.items()} == {"IF 200": 3, "IF 100": 1, "IF 50": 1}
+    assert sorted(gain > 0 for values in at.values() for gain in values) == [False, False, False, True, True]
     assert max(abs(gain) for values in at.values() for gain in values) < 0.7
+    printed = [gain.paper for gain in gains if gain and gain.values]
+    assert [round(gain, 1) for gain in sorted(printed)] == [0.6, 1.2, 1.2] and max(at["IF 200"]) < min(printed)
+
+
+def test_what_it_says_of_the_0_7_points() -> None:
+    """The paper's cells of β 0.9 against β 0; and how many numbers would not agree with half of it."""
+    grid = paper.grids().query("dataset == 'cifar10_lt' and beta <= 0.9").fillna({"gamma": 0})
+    pairs = grid.pivot(index=["imbalance_factor", "loss", "gamma"], columns="beta", values="error")
+    deviation = ((pairs[0.9] - pairs[0.0]) ** 2).groupby("imbalance_factor").mean().div(2).pow(0.5)
+    assert len(deviation) == 5 and deviation.min() > 0.2 and deviation.max() < 0.65
+    runs = store.load(ROOT / "results").runs
+    compared = {(c.setting, c.paper): c for c in tables.build("2", runs).cells() if c.values and c.paper is not None}
+    assert len(compared) == 12
+    half = PAPER_SD / 2
+    spread = [float(np.std(c.values, ddof=1)) if len(c.values) >= 3 else half for c in compared.values()]
+    errors = [np.sqrt(half**2 + s**2 / len(c.values)) for s, c in zip(spread, compared.values(), strict=True)]
+    assert sum(abs(c.difference) > 2 * error for c, error in zip(compared.values(), errors, strict=True)) == 3
+    cifar = runs[runs.dataset.str.startswith("cifar") & (runs.status == "done")]
+    assert set(cifar.subset_seed) == {0}
 
 
 def test_what_matters_on_the_digits_is_as_it_says() -> None:
