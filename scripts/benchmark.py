@@ -13,16 +13,19 @@ Workloads:
 
 An image counts when it has gone through augmentation, forward, loss, backward and update; those of the large sets are
 augmented by the loader. What is compared takes turns (A B C A B C ...), the first turn of each warms up and does not
-count, and the median of the others is reported. Images are made up. Writes <device>-<date>.json and, made of it, .md,
-.png and .svg; a workload alone has its name in theirs. Until then the rows so far are in rows.partial. Interrupted, by
-Ctrl-C or SIGTERM, it writes <device>-<date>-interrupted of what it has, and what is left out is named there. Where
-commands are killed after some minutes, keep --budget below that.
+count unless no time is left for another, and the median of the others is reported. Images are made up. Writes
+<device>-<date>.json and, made of it, .md, .png and .svg; a workload alone has its name in theirs. Until then the rows
+so far are in rows.partial. Interrupted, by Ctrl-C or SIGTERM, it writes <device>-<date>-interrupted of what it has, and
+what is left out is named there. What another command has written on the same day stays: this one's names then end in
+-2. Where commands are killed after some minutes, keep --budget below that.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -131,33 +134,76 @@ def in_turn(bench: Bench, parts: Sequence[tuple[str, Callable[[], None]]]) -> No
                 later = [title for title, _ in parts[number + 1 :]]
                 bench.left_out += [f"{what}: interrupted" for what in (f"the rest of {title}", *later)]
                 raise KeyboardInterrupt from None
-            if isinstance(error, UserError):
-                print(f"{title}: {error}", file=sys.stderr)
-            else:
-                traceback.print_exc()  # what has been measured, for an hour perhaps, is not lost
-            bench.left_out.append(f"{title}, it failed: {type(error).__name__}")
-            bench.failed = True
+            fail(bench, title, error)
 
 
-def race(bench: Bench, units: dict[str, Unit], turns: int, share: float) -> dict[str, list[float]]:
-    """Images/s of every turn that counts, by name; there are fewer than `turns` when `share` of the time left is up."""
+def fail(bench: Bench, what: str, error: Exception) -> None:
+    """Says why; what has been measured, for an hour perhaps, is not lost."""
+    if isinstance(error, UserError):
+        print(f"{what}: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    bench.left_out.append(f"{what}, it failed: {type(error).__name__}")
+    bench.failed = True
+
+
+@contextlib.contextmanager
+def passed_over(bench: Bench, what: str) -> Iterator[None]:
+    """What fails in it costs only itself, and the report names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        bench.left_out.append(f"{what}: more than the device's memory holds")
+    except Exception as error:
+        if INTERRUPTED.is_set():  # a library may have made it another
+            raise
+        fail(bench, what, error)
+
+
+def race(
+    bench: Bench, units: dict[str, Unit], turns: int, share: float, what: str = "", called: bool = False
+) -> dict[str, list[float]]:
+    """Images/s of every turn that counts, by name: `turns`, or as many as end within `share` of the time left.
+
+    A unit that fails, or whose turn does not come, is named in the report, with `what`; there is no budget that leaves
+    out the first. Units that have been `called` are not called once more to warm up. Where no time is left after a
+    first turn, that turn counts of those which were warm before it.
+    """
+    warm = bench.cuda or called
+    first: dict[str, float] = {}
     repeats: dict[str, int] = {}
-    rates: dict[str, list[float]] = {name: [] for name in units}
+    seconds: dict[str, float] = {}  # of a turn
+    rates: dict[str, list[float]] = {}
     ends = time.monotonic() + share * bench.left()
+
+    def left_out(name: str) -> None:
+        bench.left_out.append(f"{what}, {name}: the budget was used up")
+
     for turn in range(turns + 1):
-        if turn > 1 and time.monotonic() > ends:
-            break
         for name, unit in units.items():
             if INTERRUPTED.is_set():
                 raise KeyboardInterrupt
             if turn == 0:
-                if bench.cuda:
-                    unit()  # may compile or choose kernels, and says nothing about how long a unit takes
-                _, taken = timed(bench, unit, 1)
-                repeats[name] = max(1, math.ceil(bench.turn_seconds / taken))
-            else:
+                if rates and time.monotonic() > ends:
+                    left_out(name)
+                    continue
+                with passed_over(bench, f"{what}, {name}" if name else what):
+                    if bench.cuda and not called:
+                        unit()  # may compile or choose kernels, and says nothing about how long a unit takes
+                    images, taken = timed(bench, unit, 1)
+                    repeats[name] = max(1, math.ceil(bench.turn_seconds / taken))
+                    first[name], seconds[name], rates[name] = images / taken, repeats[name] * taken, []
+            elif name in rates:
+                if (warm or any(rates.values())) and time.monotonic() + seconds[name] > ends:
+                    continue
                 images, taken = timed(bench, unit, repeats[name])
                 rates[name].append(images / taken)
+    for name in [name for name, found in rates.items() if not found]:
+        if warm:
+            rates[name] = [first[name]]
+        else:
+            del rates[name]
+            left_out(name)
     return rates
 
 
@@ -221,28 +267,33 @@ def one_run(bench: Bench, dtype: str, folder: Path) -> None:
         makers |= {NO_ONEDNN: contenders.without_onednn}
     if bench.full:
         makers[OUR_COMPILED] = contenders.compiled
-    units, memory = {}, {}
+    units: dict[str, Unit] = {}
+    memory = {}
     for name, make in makers.items():
-        if bench.over(f"one run in {dtype}, {name}"):
+        what = f"one run in {dtype}, {name}"
+        if bench.over(what):
             continue
-        footprint = Footprint(bench)
-        units[name] = make(bench.size, dtype)
-        units[name]()
-        memory[name] = footprint.mib()
-    rates = race(bench, units, bench.turns, share=0.5)
-    for name in units:
-        note(bench, "one run", name, rates[name], dtype=dtype, mebibytes=memory[name])
+        with passed_over(bench, what):
+            footprint = Footprint(bench)
+            unit = make(bench.size, dtype)
+            unit()
+            units[name], memory[name] = unit, footprint.mib()
+    rates = race(bench, units, bench.turns, share=0.5, what=f"one run in {dtype}", called=True)
+    for name, found in rates.items():
+        note(bench, "one run", name, found, dtype=dtype, mebibytes=memory[name])
     for name in (LOOP, EAGER):
         if not {BARE, name} <= rates.keys():
             continue
-        percent = [100 * (reached / ours - 1) for reached, ours in zip(rates[BARE], rates[name], strict=True)]
+        # the time may have been up for one of them before it was for the other
+        percent = [100 * (reached / ours - 1) for reached, ours in zip(rates[BARE], rates[name], strict=False)]
         keep(bench, {"section": "overhead", "name": name, "dtype": dtype, "percent": percent})
 
 
 def one_step(bench: Bench, dtype: str) -> None:
     """A further dtype on the CPU: processors without bfloat16 arithmetic are ten times slower in it."""
     unit = contenders.eager(dataclasses.replace(bench.size, steps=1), dtype)
-    note(bench, "one run", EAGER, race(bench, {"": unit}, 1, share=0.1)[""], dtype=dtype, mebibytes=None)
+    for rates in race(bench, {"": unit}, 1, share=0.1, what=f"one run in {dtype}").values():
+        note(bench, "one run", EAGER, rates, dtype=dtype, mebibytes=None)
 
 
 def floors(bench: Bench) -> None:
@@ -279,31 +330,41 @@ def side_by_side(bench: Bench, dtype: str, folder: Path) -> None:
     whole: list[tuple[torch.cuda.Stream, Iterator[tuple[int, bool]]]] = []
     memory = {}
     for k in bench.lanes:
-        if bench.over(f"side by side in {dtype}, {k} runs"):
+        what = f"side by side in {dtype}, {k} runs"
+        if bench.over(what):
             continue
-        while len(lanes) < k:
-            stream = torch.cuda.Stream(bench.size.device)
-            with torch.cuda.stream(stream):
-                job = make_job(bench.size, run)
-            whole.append((stream, contenders.turns(run, job, folder / str(len(lanes)))))
-            lanes.append((stream, contenders.steps(bench.size, run, job)))
-        memory[k] = footprint.mib()
+        with passed_over(bench, what):
+            while len(lanes) < k:
+                stream = torch.cuda.Stream(bench.size.device)
+                with torch.cuda.stream(stream):
+                    job = make_job(bench.size, run)
+                unit = contenders.steps(bench.size, run, job)
+                whole.append((stream, contenders.turns(run, job, folder / str(len(lanes)))))
+                lanes.append((stream, unit))
+            memory[k] = footprint.mib()
+    most = max(memory, default=0)
+    del lanes[most:], whole[most:]  # of more than fit: their memory is the others'
     sides: dict[str, dict[str, Unit]] = {
-        "streams": {str(k): functools.partial(together, lanes[:k]) for k in memory},
+        "streams": {f"{k} runs": functools.partial(together, lanes[:k]) for k in memory},
         "streams, whole runs with evaluation": {
-            str(k): contenders.epochs(whole[:k], run.engine.eval_every) for k in memory
+            f"{k} runs": contenders.epochs(whole[:k], run.engine.eval_every) for k in memory
         },
     }
     for name, units in sides.items():
-        for k, rates in race(bench, units, 3, share=0.2).items():
-            note(bench, "side by side", name, rates, dtype=dtype, runs=int(k), mebibytes=memory[int(k)])
+        rates = race(bench, units, 3, share=0.2, what=f"side by side in {dtype}, {name}")
+        for k in [k for k in memory if f"{k} runs" in rates]:
+            found = rates[f"{k} runs"]
+            note(bench, "side by side", name, found, dtype=dtype, runs=k, mebibytes=memory[k])
     del lanes, whole, units, sides
     for k in [k for k in bench.lanes if 1 < k <= 8]:
-        if bench.over(f"side by side in {dtype}, {k} stacked"):
+        what = f"side by side in {dtype}, {k} stacked"
+        if bench.over(what):
             continue
-        footprint = Footprint(bench)
-        rates = race(bench, {"": contenders.stacked(bench.size, dtype, k)}, 3, share=0.1)[""]
-        note(bench, "side by side", "stacked", rates, dtype=dtype, runs=k, mebibytes=footprint.mib())
+        with passed_over(bench, what):
+            footprint = Footprint(bench)
+            stacked = race(bench, {"": contenders.stacked(bench.size, dtype, k)}, 3, share=0.1, what=what)
+            for found in stacked.values():
+                note(bench, "side by side", "stacked", found, dtype=dtype, runs=k, mebibytes=footprint.mib())
 
 
 def together(lanes: list[tuple[torch.cuda.Stream, Unit]]) -> int:
@@ -420,12 +481,14 @@ def growth(bench: Bench, section: str, field: str, values: list[int]) -> None:
     for dtype in bench.dtypes if bench.cuda else bench.dtypes[:1]:
         sizes, units = {}, {}
         for value in values:
-            if bench.over(f"{section} {value} in {dtype}"):
+            what = f"{section} {value} in {dtype}"
+            if bench.over(what):
                 continue
             size = dataclasses.replace(bench.size, **{field: value})
             size = dataclasses.replace(size, steps=max(1, round(bench.size.images / size.batch_size)))
-            sizes[str(value)], units[str(value)] = size, contenders.replayed(size, dtype)
-        for name, rates in race(bench, units, 3, share=0.25).items():
+            with passed_over(bench, what):
+                sizes[str(value)], units[str(value)] = size, contenders.replayed(size, dtype)
+        for name, rates in race(bench, units, 3, share=0.25, what=f"{section} in {dtype}").items():
             size = sizes[name]
             note(bench, section, "step", rates, dtype=dtype, depth=size.depth, batch_size=size.batch_size)
 
@@ -443,9 +506,9 @@ def classes(bench: Bench) -> None:
             if kind != "focal":
                 run = make_run(bench.size, bench.dtypes[0], loss__kind=kind, loss__beta=0.999)
                 whole[kind] = contenders.steps(bench.size, run, make_job(bench.size, run, number))
-        for kind, rates in race(bench, alone, 5, share=0.1).items():
-            note(bench, "loss alone", kind, rates, classes=number)
-        for kind, rates in race(bench, whole, 2, share=0.2).items():
+        for kind, rates in race(bench, alone, 5, share=0.1, what=f"loss of {number} classes alone").items():
+            note(bench, "loss alone", kind, rates, dtype="fp32", classes=number)
+        for kind, rates in race(bench, whole, 2, share=0.2, what=f"{number} classes").items():
             note(bench, "classes", kind, rates, classes=number)
 
 
@@ -454,8 +517,9 @@ def evaluation(bench: Bench) -> None:
     for dtype in bench.dtypes if bench.cuda else bench.dtypes[:1]:
         run = make_run(bench.size, dtype)
         predict = make_job(bench.size, run).predict
-        rates = race(bench, {"": lambda predict=predict: len(predict())}, 3, share=0.1)[""]
-        note(bench, "evaluation", "test set", rates, dtype=dtype, batch_size=run.engine.eval_batch)
+        units = {"": lambda predict=predict: len(predict())}
+        for rates in race(bench, units, 3, share=0.1, what=f"evaluation in {dtype}").values():
+            note(bench, "evaluation", "test set", rates, dtype=dtype, batch_size=run.engine.eval_batch)
 
 
 def first_step(bench: Bench) -> None:
@@ -487,9 +551,12 @@ def cifar(bench: Bench) -> None:
             ("first step", part(first_step, bench)),
         ]
         if bench.cuda:
-            sections += [(f"one run in {dtype}", part(one_run, bench, dtype, folder / dtype)) for dtype in others]
-            for dtype in bench.dtypes:
-                sections += [(f"side by side in {dtype}", part(side_by_side, bench, dtype, folder / f"{dtype}-lanes"))]
+            lanes = [
+                (f"side by side in {dtype}", part(side_by_side, bench, dtype, folder / f"{dtype}-lanes"))
+                for dtype in bench.dtypes
+            ]
+            alone = [(f"one run in {dtype}", part(one_run, bench, dtype, folder / dtype)) for dtype in others]
+            sections += [*lanes[:1], *alone, *lanes[1:]]
         sections += [
             ("depth", part(growth, bench, "depth", "depth", bench.depths)),
             ("batch size", part(growth, bench, "batch size", "batch_size", bench.batches)),
@@ -528,7 +595,11 @@ def _resnet50(bench: Bench) -> None:
     facts: dict[str, dict[str, Any]] = {}
     for form in ("", COMPILED) if bench.cuda else ("",):
         run = contenders.make_large_run(device, bench.image_size, bool(form))
-        job = synthetic.make_job(run, device)
+        job = None
+        with passed_over(bench, f"the large sets' step{form}"):
+            job = synthetic.make_job(run, device)
+        if job is None:
+            continue
         counts, at_once = job.train.counts.tolist(), job.micro_batch
         makers: dict[tuple[str, int], Callable[[], Unit]] = {
             (OURS, at_once): functools.partial(contenders.large, run, job)
@@ -542,39 +613,39 @@ def _resnet50(bench: Bench) -> None:
             key = f"{name}{form}, {images} at a time"
             if bench.over(key):
                 continue
-            try:
+            with passed_over(bench, key):
                 unit = make()
                 memory = image_mebibytes(bench, unit, images)
-            except torch.OutOfMemoryError:
-                bench.left_out.append(f"{key}: more than the device's memory holds")
-                continue
-            units[key] = unit
-            whole = job.batch_size if bench.cuda and name == OURS else images  # images of an update
-            facts[key] = {"name": name + form, "dtype": run.engine.dtype, "at_once": images, "batch_size": whole}
-            facts[key] |= {"mebibytes_per_image": memory, "image_size": bench.image_size}
-            facts[key] |= {"depth": run.model.depth, "classes": len(counts)}
+                units[key] = unit
+                whole = job.batch_size if bench.cuda and name == OURS else images  # images of an update
+                facts[key] = {"name": name + form, "dtype": run.engine.dtype, "at_once": images, "batch_size": whole}
+                facts[key] |= {"mebibytes_per_image": memory, "image_size": bench.image_size}
+                facts[key] |= {"depth": run.model.depth, "classes": len(counts)}
     longer = dataclasses.replace(bench, turn_seconds=10 * bench.turn_seconds if bench.cuda else bench.turn_seconds)
-    rates = race(longer, units, bench.turns, share=0.3)
-    for key, about in facts.items():
-        note(bench, "resnet50", rates=rates[key], **about)
+    rates = race(longer, units, bench.turns, share=0.3, what="resnet50", called=bench.cuda)
+    bench.failed |= longer.failed
+    for key, found in rates.items():
+        note(bench, "resnet50", rates=found, **facts[key])
 
     for form in ("", COMPILED):
-        ours = [key for key in units if facts[key]["name"] == OURS + form]
-        theirs = [key for key in units if facts[key]["name"] == REFERENCE + form]
+        ours = [key for key in rates if facts[key]["name"] == OURS + form]
+        theirs = [key for key in rates if facts[key]["name"] == REFERENCE + form]
         if ours and theirs:
             best = max(theirs, key=lambda key: statistics.median(rates[key]))
             row = {"section": "resnet50 ratio", "name": OURS + form, "against": best}
-            keep(bench, row | {"ratio": [a / b for a, b in zip(rates[ours[0]], rates[best], strict=True)]})
+            # the time may have been up for one of them before it was for the other
+            keep(bench, row | {"ratio": [a / b for a, b in zip(rates[ours[0]], rates[best], strict=False)]})
 
-    ours = [statistics.median(rates[key]) for key in units if facts[key]["name"].startswith(OURS)]
+    ours = [statistics.median(rates[key]) for key in rates if facts[key]["name"].startswith(OURS)]
     if not ours or bench.over("resnet50 loss"):
         return
     size = dataclasses.replace(bench.size, batch_size=at_once)
     for kind in ("softmax", "sigmoid", "focal"):
         loss = ClassBalancedLoss(counts, kind, beta=0.999)
-        found = race(bench, {kind: contenders.loss_alone(size, loss, len(counts))}, 5, share=0.1)[kind]
-        note(bench, "resnet50 loss", kind, found, dtype="fp32", batch_size=at_once, depth=50, classes=len(counts))
-        bench.rows[-1]["percent"] = 100 * max(ours) / statistics.median(found)  # of the time of an image
+        alone = {kind: contenders.loss_alone(size, loss, len(counts))}
+        for found in race(bench, alone, 5, share=0.1, what="resnet50 loss").values():
+            note(bench, "resnet50 loss", kind, found, dtype="fp32", batch_size=at_once, depth=50, classes=len(counts))
+            bench.rows[-1]["percent"] = 100 * max(ours) / statistics.median(found)  # of the time of an image
 
 
 def image_mebibytes(bench: Bench, unit: Unit, images: int) -> float | None:
@@ -621,16 +692,39 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
     """<device>-<date>.json, and made of it .md, .png and .svg; of one workload alone <device>-<workload>-<date>.
 
     With the fused kernels -fused before the date; interrupted -interrupted after it, beside the report of a whole one.
+    Where another command's report has that name, -2 behind it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", report["environment"]["device"].lower()).strip("-")
     alone = [] if report["workload"] == "all" else [report["workload"]]
     alone += ["fused"] if report["fused"] else []
-    stem = folder / "-".join([slug, *alone, report["date"], *(["interrupted"] if report["interrupted"] else [])])
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md")]
+    name = "-".join([slug, *alone, report["date"], *(["interrupted"] if report["interrupted"] else [])])
+    path = next(
+        path for path in numbered(folder / f"{name}.json") if not path.exists() or command_of(path) == report["command"]
+    )
+    files, stem = [path, path.with_suffix(".md")], path.with_suffix("")
     files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     files[1].write_text(bench_plot.markdown(report, measured_on_gpu(folder)), encoding="utf-8")
     return [*files, *bench_plot.save(report, stem)]
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """`path`, then others with -2, -3, ... in their names."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_stem(f"{path.stem}-{number}")
+
+
+def unused(path: Path) -> Path:
+    return next(path for path in numbered(path) if not path.exists())
+
+
+def command_of(path: Path) -> str | None:
+    """Of a report; None of another file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["command"]
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def measured_on_gpu(folder: Path) -> bool:
@@ -646,16 +740,18 @@ def measured_on_gpu(folder: Path) -> bool:
     return False
 
 
-def parity(folder: Path) -> bool:
-    """Runs the tests that need a GPU; what they say goes to parity.txt and to the terminal."""
-    folder.mkdir(parents=True, exist_ok=True)
+def parity(path: Path, seconds: float | None) -> bool | None:
+    """Whether the tests that need a GPU pass, None if `seconds` are too few; what they say goes to `path` and here."""
     # these files alone: collecting the others wants W&B and Jupyter, and one that cannot be imported stops all
     files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rA", *files]
-    with (folder / "parity.txt").open("wb") as said:  # at once: what has been said outlasts an interruption
-        done = subprocess.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
-    print((folder / "parity.txt").read_text(encoding="utf-8"))
-    return done.returncode == 0
+    passed = None
+    with path.open("wb") as said, contextlib.suppress(subprocess.TimeoutExpired):
+        # at once: what has been said outlasts an interruption
+        done = subprocess.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, timeout=seconds)
+        passed = done.returncode == 0
+    print(path.read_text(encoding="utf-8"))
+    return passed
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -684,7 +780,7 @@ def make_bench(given: argparse.Namespace, device: torch.device) -> Bench:
     """How much to measure; raises `UserError` for an option that makes no sense."""
     cuda = device.type == "cuda"
     full = given.full or (cuda and not given.quick)
-    dtypes = given.dtypes.split(",") if given.dtypes else ["fp32", "tf32", "bf16"] if cuda else ["fp32", "bf16"]
+    dtypes = given.dtypes.split(",") if given.dtypes else ["bf16", "fp32", "tf32"] if cuda else ["fp32", "bf16"]
     if wrong := [name for name in dtypes if name not in ("fp32", "tf32", "bf16")]:
         raise UserError(f"--dtypes has '{wrong[0]}': write some of fp32,tf32,bf16.")
     try:
@@ -733,6 +829,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # said now, not when all has been measured
         raise UserError(f"--out {given.out} cannot be written ({error.strerror}): give another folder.") from None
     bench.partial = given.out / "rows.partial"
+    if bench.partial.exists():  # of a command that was killed: all that there is of it
+        bench.partial.rename(unused(bench.partial))
     report: dict[str, Any] = {"workload": given.workload, "date": datetime.date.today().isoformat()}
     report["command"] = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
     report |= {
@@ -745,7 +843,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began, interrupted = time.monotonic(), False
     try:
         if given.gpu_report:
-            report["parity_tests_passed"] = parity(given.out)
+            said = unused(given.out / "parity.txt")
+            report["parity_file"] = said.name
+            passed = parity(said, max(60.0, bench.left()) if given.budget else None)
+            report["parity_tests_passed"] = passed
+            if passed is None:
+                bench.left_out.append("the rest of the parity tests: the budget was used up")
             began = time.monotonic()
         in_turn(bench, [(name, functools.partial(WORKLOADS[name], bench)) for name in names])
     except KeyboardInterrupt:

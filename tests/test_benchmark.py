@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cbl import config, records
-from cbl.engine import contenders, resident, roofline
+from cbl.engine import contenders, resident, roofline, synthetic
 from cbl.engine.contenders import Size, make_job, make_run
 from cbl.engine.micro_batches import CHECK_STEPS
 from cbl.errors import UserError
@@ -32,9 +32,11 @@ from cbl.report.bench_plot import (
     EAGER,
     GIVEN_BACK,
     KEPT,
+    LOADER,
     LOOP,
     NCHW,
     NO_ONEDNN,
+    OUR_COMPILED,
     OURS,
     REFERENCE,
 )
@@ -234,6 +236,62 @@ def test_one_turn_counts_even_when_the_budget_is_used_up(benchmark: ModuleType) 
     assert len(rates["A"]) == 1
 
 
+class Clock:
+    """Stands for the module `time`: units say how long they take."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def unit(self, seconds: float, calls: list[float]) -> Callable[[], int]:
+        def call() -> int:
+            self.now += seconds
+            calls.append(seconds)
+            return 1
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("cuda", "called", "counted", "left_out"),
+    [
+        # seconds: 2 x 1 + 2 x 2 + 2 x 4 = 14 > 12
+        (True, False, {"1": [1.0], "2": [1 / 2], "4": [1 / 4]}, ["8", "16"]),
+        # 1 + 2 + 4 + 8 = 15 > 12
+        (True, True, {"1": [1.0], "2": [1 / 2], "4": [1 / 4], "8": [1 / 8]}, ["16"]),
+        (False, True, {"1": [1.0], "2": [1 / 2], "4": [1 / 4], "8": [1 / 8]}, ["16"]),
+        # a first turn, which warms up, counts for none; one that counts of the first unit all the same
+        (False, False, {"1": [1.0]}, ["16", "2", "4", "8"]),
+    ],
+)
+def test_what_is_measured_ends_with_the_budget(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, cuda: bool, called: bool, counted: Any, left_out: Any
+) -> None:
+    clock, calls = Clock(), []
+    monkeypatch.setattr(benchmark, "time", clock)
+    monkeypatch.setattr(benchmark.Bench, "cuda", cuda)
+    monkeypatch.setattr(benchmark.Bench, "synchronize", lambda bench: None)
+    bench = small_bench(benchmark, ends=60.0)
+    units = {str(k): clock.unit(k, calls) for k in (1, 2, 4, 8, 16)}
+    assert benchmark.race(bench, units, turns=3, share=0.2, what="k", called=called) == counted
+    assert bench.left_out == [f"k, {name}: the budget was used up" for name in left_out]
+
+
+def test_a_turn_that_would_end_after_the_budget_is_not_begun(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that are shorter go on."""
+    clock, calls = Clock(), []
+    monkeypatch.setattr(benchmark, "time", clock)
+    bench = small_bench(benchmark, ends=27.0)
+    rates = benchmark.race(bench, {"A": clock.unit(1, calls), "B": clock.unit(10, calls)}, turns=9, share=1.0)
+    assert [len(found) for found in rates.values()] == [6, 1] and clock.now == 27 and bench.left_out == []
+
+
 @pytest.fixture(scope="module")
 def written(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """The report of all workloads but the part that starts processes: 8 layers, and ResNet-50 on 32 pixels."""
@@ -408,6 +466,19 @@ def test_a_large_run_is_that_of_table_3() -> None:
     assert contenders.make_large_run(torch.device("cuda"), 224).engine.dtype == "bf16"
 
 
+@pytest.mark.parametrize("whose", ["theirs", "ours"])
+def test_each_batch_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """The second of a process would else be compiled for any."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda model, **how: asked.append(how) or model)
+    run = contenders.make_large_run(CPU, 32, compiled=True)
+    if whose == "theirs":
+        contenders.torchvision_recipe(run, CPU, 2, 10)
+    else:
+        synthetic.make_job(run, CPU)
+    assert asked == [{"dynamic": False}]
+
+
 def test_our_large_step_goes_on_beyond_the_losses_it_has_room_for() -> None:
     run = contenders.make_large_run(CPU, 32)
     told: list[int] = []
@@ -496,7 +567,7 @@ def test_interrupted_it_reports_what_was_measured(
     monkeypatch.setattr(benchmark, "make_bench", lambda given, device: made)
     monkeypatch.setattr(benchmark, "choose_device", lambda engine: torch.device(kind))
     monkeypatch.setattr(benchmark, "environment", lambda device: about)
-    monkeypatch.setattr(benchmark, "parity", lambda folder: True)
+    monkeypatch.setattr(benchmark, "parity", lambda path, seconds: True)
     monkeypatch.setattr(benchmark, "WORKLOADS", {"resnet50": ended, "cifar": benchmark.cifar})
     assert benchmark.main([option, str(tmp_path)]) == 130
     (path,) = tmp_path.glob("*.json")
@@ -590,6 +661,169 @@ def test_a_workload_that_fails_costs_only_its_own_rows(
     assert benchmark.main(["resnet50", "--device", "cpu", "--out", str(tmp_path / "none")]) == 1
     assert "Nothing was measured: resnet50, it failed: RuntimeError." in capsys.readouterr().err
     assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_loop_that_fails_costs_no_other(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_compiler(*_: Any) -> Any:
+        raise RuntimeError("inductor: no C compiler")
+
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    def at_its_first_call(*_: Any) -> Any:
+        return no_compiler
+
+    bench = small_bench(benchmark, full=True)
+    monkeypatch.setattr(contenders, "compiled", no_compiler)
+    monkeypatch.setattr(contenders, "loader", at_its_first_call)
+    monkeypatch.setattr(contenders, "nchw", too_large)
+    benchmark.one_run(bench, "fp32", tmp_path)
+    names = [row["name"] for row in bench.rows if row["section"] == "one run"]
+    assert names == [BARE, LOOP, EAGER, NO_ONEDNN] and bench.failed
+    assert bench.left_out == [
+        f"one run in fp32, {LOADER}, it failed: RuntimeError",
+        f"one run in fp32, {NCHW}: more than the device's memory holds",
+        f"one run in fp32, {OUR_COMPILED}, it failed: RuntimeError",
+    ]
+
+
+def test_a_size_that_fails_costs_no_other(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replayed(size: Size, dtype: str) -> Callable[[], int]:
+        if size.depth == 14:
+            raise torch.OutOfMemoryError
+        return (lambda: 1 // 0) if size.depth == 20 else (lambda: 4)
+
+    monkeypatch.setattr(contenders, "replayed", replayed)
+    bench = small_bench(benchmark)
+    benchmark.growth(bench, "depth", "depth", [8, 14, 20, 26])
+    assert [row["depth"] for row in bench.rows] == [8, 26] and bench.failed
+    assert bench.left_out == [
+        "depth 14 in fp32: more than the device's memory holds",
+        "depth in fp32, 20, it failed: ZeroDivisionError",
+    ]
+
+
+@pytest.mark.parametrize("fails", [OURS, OURS + COMPILED, REFERENCE])
+def test_of_the_large_sets_one_that_fails_costs_no_other(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    job = SimpleNamespace(train=SimpleNamespace(counts=np.arange(1, 9)), micro_batch=128, batch_size=1024)
+
+    def make(run: config.Run, *_: Any) -> Any:
+        if fails == OURS + (COMPILED if run.engine.compile else ""):
+            raise RuntimeError("no compiler")
+        return job
+
+    def recipe(run: config.Run, device: torch.device, images: int, classes: int) -> Callable[[], int]:
+        return (lambda: 1 // 0) if fails == REFERENCE else (lambda: images)
+
+    monkeypatch.setattr(benchmark.Bench, "cuda", True)
+    monkeypatch.setattr(benchmark.Bench, "synchronize", lambda bench: None)
+    monkeypatch.setattr(benchmark.synthetic, "make_job", make)
+    monkeypatch.setattr(benchmark, "image_mebibytes", lambda bench, unit, images: unit() and 1.5)
+    monkeypatch.setattr(contenders, "large", lambda run, job: lambda: 1024)
+    monkeypatch.setattr(contenders, "torchvision_recipe", recipe)
+    monkeypatch.setattr(contenders, "loss_alone", lambda *_: lambda: 4)
+    bench = small_bench(benchmark)
+    benchmark.resnet50(bench)
+    forms = {row["name"] for row in bench.rows if row["section"] == "resnet50"}
+    of = {OURS: {OURS, REFERENCE}, OURS + COMPILED: {OURS + COMPILED, REFERENCE + COMPILED}}
+    assert forms == ({OURS, OURS + COMPILED} if fails == REFERENCE else {*of[OURS], *of[OURS + COMPILED]} - of[fails])
+    assert bench.failed and all("it failed" in what for what in bench.left_out)
+    assert len([row for row in bench.rows if row["section"] == "resnet50 loss"]) == 3
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_of_lanes_that_do_not_fit_those_that_do_are_measured(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[Any] = []
+
+    def make(size: Size, run: config.Run) -> Any:
+        if len(made) >= 3:
+            raise torch.OutOfMemoryError
+        made.append(make_job(size, run))
+        return made[-1]
+
+    monkeypatch.setattr(benchmark, "make_job", make)
+    monkeypatch.setattr(contenders, "stacked", lambda *_: lambda: 1 // 0)
+    bench = small_bench(benchmark, turns=1, lanes=[1, 2, 4])
+    bench.size = dataclasses.replace(bench.size, device=torch.device("cuda"), n_test=8, steps=1)
+    benchmark.side_by_side(bench, "fp32", tmp_path)
+    assert [(row["name"], row["runs"]) for row in bench.rows] == [
+        (name, k) for name in ("streams", "streams, whole runs with evaluation") for k in (1, 2)
+    ]
+    assert bench.left_out == [
+        "side by side in fp32, 4 runs: more than the device's memory holds",
+        "side by side in fp32, 2 stacked, it failed: ZeroDivisionError",
+        "side by side in fp32, 4 stacked, it failed: ZeroDivisionError",
+    ]
+
+
+def test_on_a_gpu_the_dtype_of_the_target_comes_first(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    bench = benchmark.make_bench(benchmark.parse([]), cuda)
+    titles: list[str] = []
+    monkeypatch.setattr(benchmark, "in_turn", lambda bench, parts: titles.extend(title for title, _ in parts))
+    benchmark.cifar(bench)
+    assert bench.dtypes[0] == "bf16" and titles[0] == "one run in bf16"
+    assert titles[:6][-2:] == ["side by side in bf16", "one run in fp32"]
+
+
+def test_a_report_of_another_command_is_not_overwritten(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        benchmark, "loader", lambda bench: benchmark.note(bench, "one run", EAGER, [1.0], mebibytes=None)
+    )
+    monkeypatch.setattr(benchmark, "WORKLOADS", {"loader": benchmark.loader})
+    monkeypatch.setattr(bench_plot, "markdown", lambda *_: "")
+    monkeypatch.setattr(bench_plot, "save", lambda *_: [])
+    monkeypatch.setattr(bench_plot, "show", lambda *_: None)
+    (tmp_path / "rows.partial").write_text("of a killed one")
+    (tmp_path / "rows-2.partial").write_text("of another")
+    for more in (["--batch-size", "2"], ["--batch-size", "4"], ["--batch-size", "2"], ["--batch-size", "4"]):
+        benchmark.main(["loader", "--device", "cpu", "--out", str(tmp_path), *more])
+    found = {path.stem[-13:]: json.loads(path.read_text())["command"][-1] for path in tmp_path.glob("*.json")}
+    today = found.keys() - {name for name in found if name.endswith("-2")}
+    assert len(found) == 2 and found[today.pop()] == "2" and sorted(found.values()) == ["2", "4"]
+    kept = {path.name: path.read_text() for path in tmp_path.glob("*.partial")}
+    assert kept == {"rows-2.partial": "of another", "rows-3.partial": "of a killed one"}
+    next(tmp_path.glob("*.json")).write_text("no report")
+    benchmark.main(["loader", "--device", "cpu", "--out", str(tmp_path), "--batch-size", "8"])
+    assert len(list(tmp_path.glob("*-3.json"))) == 1
+
+
+def test_parity_tests_end_with_the_budget(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], stdout: Any, timeout: float | None, **_: Any) -> Any:
+        asked.append(timeout)
+        stdout.write(b"said")
+        if timeout is not None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=0)
+
+    asked: list[float | None] = []
+    made, about = small_bench(benchmark), benchmark.environment(CPU)
+    monkeypatch.setattr(benchmark, "make_bench", lambda given, device: made)
+    monkeypatch.setattr(benchmark, "choose_device", lambda engine: torch.device("cuda"))
+    monkeypatch.setattr(benchmark, "environment", lambda device: about)
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(
+        benchmark, "WORKLOADS", {"loader": lambda bench: benchmark.note(bench, "one run", EAGER, [1.0], mebibytes=None)}
+    )
+    (tmp_path / "parity.txt").write_text("before")
+    for more, left in (([], 50.0), (["--budget", "100"], 50.0), (["--budget", "900"], 500.0)):
+        made.ends, made.left_out = time.monotonic() + left, []
+        assert benchmark.main(["--gpu-report", str(tmp_path), *more]) == 0
+    assert asked[:2] == [None, 60.0] and asked[2] == pytest.approx(500, abs=5)
+    assert made.left_out == ["the rest of the parity tests: the budget was used up"]
+    assert (tmp_path / "parity.txt").read_text() == "before" and (tmp_path / "parity-4.txt").read_text() == "said"
+    pages = sorted(path.read_text() for path in tmp_path.glob("*.md"))
+    assert len(pages) == 3 and sum("Parity tests: passed, see parity-2.txt." in page for page in pages) == 1
 
 
 def test_what_does_not_fit_into_the_budget_is_named(benchmark: ModuleType) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from sklearn.metrics import confusion_matrix
 
 from cbl import class_balanced_weights, config, data, records, tracking
 from cbl.data import folder
-from cbl.engine import evaluate, processes, recipe, resident
+from cbl.engine import estimate, evaluate, processes, recipe, resident
 from cbl.engine.job import choose_device, prepare
 from cbl.engine.progress import Display
+from cbl.errors import UserError
 from cbl.models import resnet_cifar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -521,3 +523,124 @@ print(given_back, min(faults() for _ in range(20)))
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     given_back, kept = map(int, found.stdout.split())
     assert kept < 200 < given_back
+
+
+class OutOfResources(Exception):
+    """As Triton's for a kernel that wants more shared memory than there is."""
+
+
+def some_fail(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, which: Callable[[config.Run], bool], modules: Any = None
+) -> None:
+    for module in modules or (estimate, resident):
+
+        def made(run: config.Run, *rest: Any) -> Any:
+            if which(run):
+                raise error
+            return prepare(run, *rest)
+
+        monkeypatch.setattr(module, "prepare", made)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("error", [OutOfResources("shared memory"), UserError("no network of ours")], ids=repr)
+def test_a_first_run_that_fails_decides_nothing_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    some_fail(monkeypatch, error, lambda run: run.seed == 0)
+    monkeypatch.setattr(estimate, "images_per_second", lambda lanes: 1000.0 * len(lanes))
+    runs = [digits(tmp_path, seed=seed, engine__device="cuda", engine__max_steps=2) for seed in range(3)]
+    assert estimate.lanes(runs, lambda text: None) == estimate.lanes(runs[1:], lambda text: None) == 2
+    assert [record["status"] for record in resident.train(runs)] == ["failed", "done", "done"]
+    some_fail(monkeypatch, error, lambda run: True)
+    assert estimate.lanes(runs, lambda text: None) == 1
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_fails_in_the_measurement_of_lanes_leaves_half_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate(lanes: Any) -> float:
+        if len(lanes) == 4:
+            raise OutOfResources
+        return 1000.0 * len(lanes)
+
+    monkeypatch.setattr(estimate, "images_per_second", rate)
+    runs = [digits(tmp_path, seed=seed, engine__device="cuda") for seed in range(5)]
+    assert estimate.lanes(runs, lambda text: None) == 2
+
+
+def test_the_hours_of_a_table_are_told_without_the_rows_that_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = [digits(tmp_path, seed=seed, model__shortcut="projection") for seed in range(2)]
+    fine = digits(tmp_path)
+    said: list[str] = []
+    error = UserError("engine.fused=true computes no model.shortcut=projection: set engine.fused=false.")
+    some_fail(monkeypatch, error, lambda run: run.model.shortcut == "projection", [estimate])
+    taken = estimate.seconds([*refused, fine], 2, said.append)
+    assert taken[:2] == [0, 0] and taken[2] > 0
+    assert said == [f"{config.run_id(refused[0])} and its like are left out of the time: {error}"]
+    with pytest.raises(UserError, match=r"^engine\.fused=true computes"):  # all of them
+        estimate.seconds(refused, 2, said.append)
+    some_fail(monkeypatch, OutOfResources("shared memory"), lambda run: True, [estimate])
+    assert estimate.seconds([fine], 2, said.append) == [0]
+    assert said[1:] == [f"{config.run_id(fine)} and its like are left out of the time: OutOfResources('shared memory')"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"^engine\.device is 'cuda'"):
+        estimate.seconds([digits(tmp_path, engine__device="cuda"), fine], 2, said.append)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("place", ["at its start", "under way"])
+def test_a_run_without_memory_beside_others_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, place: str
+) -> None:
+    """There is memory for `at_once` of three runs; none is ever too large when it is alone."""
+    live, most = set(), []
+
+    class Held:
+        def __init__(self, run: config.Run) -> None:
+            if len(live) >= at_once:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            live.add(id(self))
+            most.append(len(live))
+
+        def __del__(self) -> None:
+            live.discard(id(self))
+
+    def made(run: config.Run, *rest: Any) -> Any:
+        if place == "at its start":
+            held = Held(run)
+            job = prepare(run, *rest)
+            job.held = held  # type: ignore[attr-defined]
+            return job
+        return prepare(run, *rest)
+
+    def fit(run: config.Run, *rest: Any) -> Any:
+        yield
+        held = Held(run) if place == "under way" else None
+        yield from whole_fit(run, *rest)
+        del held
+
+    whole_fit = resident.fit
+    monkeypatch.setattr(resident, "prepare", made)
+    monkeypatch.setattr(resident, "fit", fit)
+    runs = [digits(tmp_path, seed=s, engine__device="cuda", engine__lanes=3, engine__max_steps=9) for s in range(3)]
+    assert [record["status"] for record in resident.train(runs)] == ["done"] * 3
+    assert max(most) == at_once and not live
+    assert all(records.is_done(records.folder_of(run)) for run in runs)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_run_too_large_for_the_memory_fails_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_fail(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), lambda run: run.seed == 1, [resident])
+    runs = [digits(tmp_path, seed=s, engine__device="cuda", engine__lanes=3, engine__max_steps=3) for s in range(4)]
+    ended = resident.train(runs)
+    assert [record["status"] for record in ended] == ["done", "failed", "done", "done"]
+    assert "out of memory" in ended[1]["failure"]
+    (alone,) = resident.train(runs[1:2])
+    assert alone["status"] == "failed"

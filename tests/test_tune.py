@@ -1,5 +1,6 @@
 """The search for the fused kernels' tiles: what it tries, that it finds the fastest, that its tables can be pasted."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import importlib.util
@@ -66,7 +67,7 @@ def test_other_tiles_compute_the_same_network() -> None:
     interpret("from test_tune import compare_with_other_tiles; compare_with_other_tiles()")
 
 
-def descend(cost: Any) -> tuple[dict[Any, Any], list[Any], list[Any]]:
+def descend(cost: Any, sound: Any = lambda tile: True) -> tuple[dict[Any, Any], list[Any], list[Any]]:
     """What is found of two entries whose times add up, what was reported, what was measured before it was told."""
     tiles = {entry: TILES[entry] for entry in [("FORWARD", (16, 16)), ("BACKWARD_WEIGHT", (32, 64))]}
     known, early, reports = list(tiles.values()), [], []
@@ -79,7 +80,10 @@ def descend(cost: Any) -> tuple[dict[Any, Any], list[Any], list[Any]]:
     def ready(tried: dict[Any, Any]) -> None:
         known.extend(tile for candidates in tried.values() for tile in candidates)
 
-    tune.descend(tiles, measure(tiles), measure, ready, lambda *report: reports.append(report))
+    def each_sound(given: dict[Any, Any]) -> bool:
+        return all(map(sound, given.values()))
+
+    tune.descend(tiles, measure(tiles), measure, each_sound, ready, lambda *report: reports.append(report))
     return tiles, reports, early
 
 
@@ -101,6 +105,64 @@ def test_descend_finds_the_fastest_and_passes_over_what_does_not_fit() -> None:
     assert [entry for entry, _, _ in reports] == [*tiles, *tiles, *tiles]
     times = [took for _, took, _ in reports]
     assert times == sorted(times, reverse=True) and times[-1] == sum(cost(tile) for tile in tiles.values())  # type: ignore[misc]
+
+
+def test_a_winner_that_is_not_sound_is_passed_over_for_the_next_best() -> None:
+    def cost(tile: tuple[int, ...]) -> float:
+        return 5 - tile[4]
+
+    tiles, reports, _ = descend(cost, lambda tile: tile in TILES.values() or tile[4] < 4)
+    for entry, tile in tiles.items():
+        assert cost(tile) == (2 if cost(TILES[entry]) > 1 else 1)
+    assert reports[-1][1] == sum(cost(tile) for tile in tiles.values())
+
+
+def is_sound() -> None:
+    """In the interpreter, on small images: of other tiles, and of one that adds some pixels up twice."""
+    model = tune.resnet_cifar(8, seed=0).to(memory_format=torch.channels_last)
+    x = torch.randn(5, 3, 8, 8).to(memory_format=torch.channels_last)
+    tune._model, tune._images, tune.APART = lambda *_: model, lambda *_: x, {"fp32": tune.APART["fp32"]}
+    tiles = {entry: tile for entry, tile in TILES.items() if entry[1][0] != 1}
+    sound = tune.Sound(argparse.Namespace(batch_size=5), tiles)
+    other = {entry: max(tune.shapes(entry, tile), key=lambda t: (t[1], -t[2])) for entry, tile in tiles.items()}
+    assert sound(tiles | other)
+    entry = ("BACKWARD_WEIGHT", (16, 16))
+    assert not sound(tiles | {entry: (*tiles[entry][:5], 80)})  # no multiple of its 32 pixels
+
+
+def test_what_computes_other_gradients_is_not_sound() -> None:
+    interpret("from test_tune import is_sound; is_sound()")
+
+
+def test_what_wins_starts_in_every_dtype() -> None:
+    """tf32 takes twice the shared memory of bf16 for some tiles; gradients are compared in each."""
+    tried: list[str] = []
+
+    class Passes:
+        def __init__(self, given: Any, lane: int) -> None:
+            self.dtype = given.dtype
+            assert given.depth == 8
+
+        def __call__(self) -> list[torch.Tensor]:
+            from triton.runtime.errors import OutOfResources
+
+            tried.append(self.dtype)
+            if fails[0] == self.dtype:
+                raise OutOfResources(262144, 232448, "shared memory")
+            return [torch.ones(4) * (1 + apart[0] * (self.dtype == "tf32"))]
+
+    fails, apart = [""], [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "_passes", Passes)
+        patch.setattr(tune, "_take", lambda tiles: None)
+        sound = tune.Sound(tune.parse(["--depth", "20"]), {})
+        assert sound({}) and sorted(tried) == sorted(2 * ["bf16", "tf32", "fp32"])
+        apart[0] = 0.5
+        assert not sound({})
+        apart[0], fails[0] = float("nan"), ""
+        assert not sound({})
+        apart[0], fails[0] = 0.0, "tf32"
+        assert not sound({})
 
 
 def test_a_shape_is_judged_with_the_best_rounds() -> None:
@@ -166,6 +228,7 @@ def search_without_a_gpu(end: str) -> None:
     tune.choose_device = lambda engine: torch.device("cuda")
     tune.torch.cuda.get_device_name = lambda: "made up"
     tune.Stopwatch = lambda given: stopwatch
+    tune.Sound = lambda given, first: lambda tiles: True
     tune.concurrent.futures.ProcessPoolExecutor = concurrent.futures.ThreadPoolExecutor
     tune._compile = lambda work: None
     tune.main(["--budget", "2"] if end == "budget" else [])
@@ -196,5 +259,13 @@ def test_a_tile_is_timed_and_one_that_does_not_fit_is_passed_over() -> None:
         too_large = {("FORWARD", (64, 64)): (512, 256, 64, 4, 4)}
         assert stopwatch(tiles | too_large) is None
         assert 0 < stopwatch(tiles) < 100
+        sound = tune.Sound(given, tiles)
+        assert sorted(sound.expected) == sorted(tune.APART) and sound(tiles) and not sound(tiles | too_large)
+        other = {entry: min(tune.shapes(entry, tile)) for entry, tile in tiles.items()}
+        assert sound(tiles | other)
+        # fits in bf16 and not in tf32 on an H100 and an H200
+        assert not sound(
+            tiles | {("FORWARD", (64, 64)): (128, 128, 64, 4, 4)}
+        ) or torch.cuda.get_device_capability() != (9, 0)
     finally:
         tune._take(TILES)

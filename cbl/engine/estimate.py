@@ -1,5 +1,6 @@
 """Short measurements before training, on made-up images of the right shape: how long runs take, how many at once."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -45,25 +46,26 @@ def lanes(runs: Sequence[config.Run], say: Callable[[str], None] = print) -> int
     """
     if len(runs) < 2:
         return 1
-    try:
-        device = choose_device(runs[0].engine)
-    except UserError:
-        return 1  # each run will say so itself
-    if device.type == "cpu" or runs[0].engine.lanes is not None:
-        return 1 if device.type == "cpu" else runs[0].engine.lanes
     kept: list[tuple[Job, torch.cuda.Stream]] = []
+    for run in runs:  # the first that can be trained stands for all
+        with contextlib.suppress(Exception):  # each run will say so itself
+            device = choose_device(run.engine)
+            if device.type == "cpu" or run.engine.lanes is not None:
+                return 1 if device.type == "cpu" else run.engine.lanes
+            kept.append(_lane(run, device))
+            break
+    if not kept:
+        return 1
     rate, width = 0.0, 1
     most = min(len(runs), 32)  # torch has no more streams, and a lane takes up to a second to prepare
     while width <= most:
         try:
             while len(kept) < width:
-                stream = torch.cuda.Stream(device)
-                with torch.cuda.stream(stream):
-                    kept.append((_prepared(runs[0], device, runs[0].engine.eval_batch), stream))
-        except (UserError, torch.OutOfMemoryError):  # the former each run will say itself
+                kept.append(_lane(run, device))
+            together = images_per_second(kept)
+        except Exception:  # out of memory, or what each run will say itself
             width = max(1, width // 2)
             break
-        together = images_per_second(kept)
         free, total = torch.cuda.mem_get_info(device)
         if together < 1.05 * rate:
             width //= 2
@@ -76,6 +78,12 @@ def lanes(runs: Sequence[config.Run], say: Callable[[str], None] = print) -> int
     torch.cuda.empty_cache()
     say(f"{width} runs side by side: {rate:,.0f} images/s together in a short measurement.")
     return width
+
+
+def _lane(run: config.Run, device: torch.device) -> tuple[Job, torch.cuda.Stream]:
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        return _prepared(run, device, run.engine.eval_batch), stream
 
 
 def images_per_second(lanes: Sequence[tuple[Job, torch.cuda.Stream]], steps: int = 60, repeats: int = 3) -> float:
@@ -97,29 +105,43 @@ def images_per_second(lanes: Sequence[tuple[Job, torch.cuda.Stream]], steps: int
     return best
 
 
-def seconds(runs: Sequence[config.Run], steps: int = 6) -> list[float]:
+def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], None] = print) -> list[float]:
     """Seconds that each of `runs` adds until all are done: measured once per shape of network and image.
 
     On the CPU with one thread, for as many processes as `processes.count` says; on a GPU for runs one after another,
-    although side by side they take less. Start-up and W&B are left out, some tenths of a second a run.
+    although side by side they take less. Start-up and W&B are left out, some tenths of a second a run. Runs of a shape
+    that fails take no time; a `UserError` in which all shapes end is raised.
     """
     at_once = processes.count([run for run in runs if run.dataset.name not in config.LARGE])
     if at_once > 1:
         torch.set_num_threads(runs[0].engine.threads or 1)
     rates: dict[tuple, tuple[float, float]] = {}
+    failed: dict[tuple, tuple[config.Run, Exception]] = {}
     each = []
     for run in runs:
-        if run.dataset.name in config.LARGE:
-            each.append(synthetic.seconds(run))  # one after another, each on all devices
-            continue
-        n, n_test = _images(run)
+        large = run.dataset.name in config.LARGE
         alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
-        if alike not in rates:
-            rates[alike] = _measure(run, n_test, steps)
-        per_step, per_test_image = rates[alike]
-        evaluations = 1 + sum((epoch + 1) % run.engine.eval_every == 0 for epoch in range(run.recipe.epochs))
-        total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
-        each.append((total_steps * per_step + evaluations * n_test * per_test_image) / at_once)
+        choose_device(run.engine)  # what is wrong here or in the next line is so for all runs, and raised
+        n, n_test = (0, 0) if large else _images(run)
+        taken = 0.0
+        try:
+            if large and alike not in failed:
+                taken = synthetic.seconds(run)  # one after another, each on all devices
+            elif alike not in rates and alike not in failed:
+                rates[alike] = _measure(run, n_test, steps)
+        except Exception as error:
+            failed[alike] = run, error.with_traceback(None)  # whose frames hold a job's memory
+        if alike in rates:
+            per_step, per_test_image = rates[alike]
+            evaluations = 1 + sum((epoch + 1) % run.engine.eval_every == 0 for epoch in range(run.recipe.epochs))
+            total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
+            taken = (total_steps * per_step + evaluations * n_test * per_test_image) / at_once
+        each.append(taken)
+    for run, why in failed.values():
+        if isinstance(why, UserError) and not any(each):
+            raise why
+        what = why if isinstance(why, UserError) else repr(why)
+        say(f"{config.run_id(run)} and its like are left out of the time: {what}")
     return each
 
 

@@ -46,7 +46,8 @@ class Step:
             only = [world.device] if world.device.type == "cuda" else None
             self.network = DistributedDataParallel(model, device_ids=only, gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False  # they are the affair of `Statistics`
-        self.forward = torch.compile(self.network) if run.engine.compile else self.network
+        # for each size alone: after a second one torch would compile for any, into slower code
+        self.forward = torch.compile(self.network, dynamic=False) if run.engine.compile else self.network
         self.image_bytes: float | None = None
 
     def __call__(self, batch: Sequence[tuple[Tensor, Tensor]], rate: float) -> None:

@@ -10,7 +10,7 @@ import math
 import reprlib
 import time
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,25 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
                     number = waiting.pop(0)
                     engine = runs[number].engine
                     stream = spare[engine.device].pop() if spare[engine.device] else _new_stream(engine)
-                    lanes[number] = journey(runs[number], display, width, deadline), stream
+                    lanes[number] = journey(runs[number], display, width, deadline, lambda: len(lanes) == 1), stream
                 for number, (lane, stream) in list(lanes.items()):
+                    record = None
                     try:
                         with torch.cuda.stream(stream):  # on the CPU None, and nothing is done
                             next(lane)
+                        continue
                     except StopIteration as last:
-                        del lanes[number]
-                        spare[runs[number].engine.device].append(stream)
-                        end(number, last.value)
+                        record = last.value
+                    except torch.OutOfMemoryError:  # beside the others, which have more room without it
+                        waiting.insert(0, number)
+                    del lanes[number]
+                    spare[runs[number].engine.device].append(stream)
+                    if record is not None:
+                        end(number, record)
+                    else:
+                        width = len(lanes)  # at least 1, and less than before: it does not go on for ever
+                        torch.cuda.empty_cache()
+                        display.say(f"Out of memory: {width} runs side by side from here on.")
     finally:
         display.close()
     return [ended[number] if number in ended else records.new_record(run) for number, run in enumerate(runs)]
@@ -98,8 +108,13 @@ def _new_stream(engine: config.Engine) -> torch.cuda.Stream | None:
     return None
 
 
-def journey(run: config.Run, display: Display, lanes: int, deadline: float) -> Journey:
-    """One run with all that can happen to it; yields while the device works, returns the record."""
+def journey(
+    run: config.Run, display: Display, lanes: int, deadline: float, alone: Callable[[], bool] = lambda: True
+) -> Journey:
+    """One run with all that can happen to it; yields while the device works, returns the record.
+
+    Raises `torch.OutOfMemoryError` alone, and where the run is not `alone`: it may fit later.
+    """
     folder, record = records.folder_of(run), records.new_record(run)
     try:
         job = prepare(run, choose_device(run.engine))  # what can be wrong is found before anything is written
@@ -112,12 +127,16 @@ def journey(run: config.Run, display: Display, lanes: int, deadline: float) -> J
             try:
                 yield from live(run, job, record, folder, display, deadline)
             except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) and not alone():
+                    raise
                 if record["status"] != "failed":  # it came before the training
                     record |= _failure(error)
                 with contextlib.suppress(UserError):  # on a full disk it stays as it was: running
                     records.write_record(folder, record)
             return record
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) and not alone():
+            raise
         return record | _failure(error)
 
 

@@ -257,7 +257,7 @@ def sentences(report: dict[str, Any], measured_on_gpu: bool) -> list[str]:
         said[0] += " Power limit not known: nvidia-smi did not answer."
     said.append(
         f"Load of the machine before: {about['load_average']:.1f}. Medians over turns; the first turn of each, which "
-        "warms up, is not among them."
+        "warms up, is not among them, unless the time allowed no other."
     )
     for row in select(report, "overhead") if about["kind"] == "cpu" else []:
         percent, target = statistics.median(row["percent"]), ""
@@ -275,7 +275,8 @@ def sentences(report: dict[str, Any], measured_on_gpu: bool) -> list[str]:
             said.append(f"{label}: {number(rate)} images/s in {best['dtype']}. {target}")
     said += large_verdicts(report)
     if report["parity_tests_passed"] is not None:
-        said.append(f"Parity tests: {'passed' if report['parity_tests_passed'] else 'FAILED'}, see parity.txt.")
+        passed = "passed" if report["parity_tests_passed"] else "FAILED"
+        said.append(f"Parity tests: {passed}, see {report.get('parity_file', 'parity.txt')}.")
     if report["left_out"]:
         said.append(f"Left out: {'; '.join(report['left_out'])}.")
     return said if measured_on_gpu else [*said, UNMEASURED]
@@ -453,10 +454,13 @@ def _growth(ax: Axes, report: dict[str, Any], section: str, field: str, label: s
 
 def _share(ax: Axes, report: dict[str, Any]) -> None:
     for name, colour, style in (("softmax", BLUE, "-o"), ("sigmoid", RED, "-s")):
-        rows = select(report, "classes", name=name)
-        alone = [select(report, "loss alone", name=name, classes=row["classes"])[0] for row in rows]
-        shares = [share(one, row) for one, row in zip(alone, rows, strict=True)]
-        ax.plot([row["classes"] for row in rows], shares, style, color=colour, label=name)
+        pairs = [
+            (alone, whole)
+            for whole in select(report, "classes", name=name)
+            for alone in select(report, "loss alone", name=name, classes=whole["classes"])
+        ]
+        shares = [share(alone, whole) for alone, whole in pairs]
+        ax.plot([whole["classes"] for _, whole in pairs], shares, style, color=colour, label=name)
     _axes(ax, "classes", "% of a training step", "What the loss takes", select(report, "classes"), "classes")
     ax.legend()
 
