@@ -571,7 +571,8 @@ def test_torchvisions_network_takes_a_step(prepared: Path, tmp_path: Path) -> No
 
 def test_compiled_network_computes_the_same(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="eager"))  # no compiler is needed
+    # no compiler is needed
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: original(model, dynamic=dynamic, backend="eager"))
     plain, compiled = (settings(prepared, tmp_path, engine__compile=c, engine__micro_batch=4) for c in (False, True))
     assert config.run_id(plain) == config.run_id(compiled)
     jobs = [streaming.prepare(run, ALONE) for run in (plain, compiled)]

@@ -16,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from cbl.data import augment, index, loader_speed, streaming
 from cbl.errors import UserError
@@ -448,12 +450,16 @@ def test_a_programming_error_is_not_taken_for_damage(prepared, monkeypatch):
         list(loader(prepared, on_damaged="skip").training(0, 0, 4))
 
 
-@pytest.mark.parametrize("when", ["before the first batch", "in a step", "between epochs"])
+@pytest.mark.parametrize("when", ["before the first batch", "in a step", "after another loader", "between epochs"])
 def test_a_worker_that_dies_is_one_sentence_and_no_hang(prepared, monkeypatch, when):
     """Wherever it happens: torch's own signal handler would raise in the middle of a step."""
     if when == "before the first batch":
         read = streaming.Decoder.read
         monkeypatch.setattr(streaming.Decoder, "read", lambda self, r: os._exit(1) if r.number == 13 else read(self, r))
+    if when == "after another loader":  # of somebody else's
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+        next(iter(DataLoader([1], num_workers=1)))
+        assert signal.getsignal(signal.SIGCHLD).__module__ == signal_handling.__name__
     this = loader(prepared, 2)
     batches, began = this.training(0, 0, 2), time.monotonic()
     if when != "before the first batch":

@@ -26,6 +26,7 @@ SCRIPT = ROOT / "scripts" / "tune.py"
 
 
 def load() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run; some tests below do without pytest's
     spec = importlib.util.spec_from_file_location("tune", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

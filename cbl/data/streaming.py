@@ -408,10 +408,12 @@ def _iterator(loader: DataLoader) -> Iterator[Batch]:
     if threading.current_thread() is not threading.main_thread():  # where torch sets none
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
+    if before is None or getattr(before, "__module__", "").startswith("torch."):  # set by another loader before
+        before = signal.SIG_DFL
     try:
         return iter(loader)
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _as_it_is(batch: Batch) -> Batch:
