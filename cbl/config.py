@@ -226,7 +226,11 @@ def changes(run: Run, other: Run) -> list[str]:
     """`["recipe.epochs=50", ...]`: how `run` differs from `other` in what can change the result, seeds left out."""
     mine, others, values = _departures(run), _departures(other), flat(run)
     keys = [k for k in values if k not in ("seed", "dataset.subset_seed") and mine.get(k, k) != others.get(k, k)]
-    return [f"{k}={values[k] if isinstance(values[k], str) else json.dumps(values[k])}" for k in keys]
+    return [f"{k}={_word(values[k])}" for k in keys]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _readable(run: Run) -> str:

@@ -113,6 +113,7 @@ class ResidentLauncherConf:
     _target_: str = "hydra_plugins.cbl_launcher.ResidentLauncher"
 
 
+OmegaConf.register_new_resolver("cbl_home", os.path.expanduser, replace=True)  # of output_dir=~/…, in configs/
 ConfigStore.instance().store("resident", node=ResidentLauncherConf, group="hydra/launcher", provider="cbl")
 # All keys with their defaults, so that a yaml only has to name what it sets. Hydra loads this in every application
 # of the environment: a plain "schema" would replace theirs.

@@ -100,6 +100,7 @@ def main() -> int:
     if any(word.lstrip("+").startswith("output_dir=") for word in asked.set):
         raise UserError("--set output_dir=… would part the runs from the table: give the folder of the runs as --runs.")
     pairs = plan_pairs(asked.table, asked.seeds, [f"engine.device={asked.device}", *asked.set])
+    one_in_a_place(pairs)
     planned = distinct(run for run, _ in pairs)
     runs = [dataclasses.replace(run, output_dir=asked.runs) for run in planned]  # not an override: any path will do
     published = store.load(results_folder(asked.results)) if asked.reuse else None
@@ -149,13 +150,14 @@ def render(
         held = store.merge(published, held)
     for warning in held.warnings:
         print(warning, file=sys.stderr)
-    wanted, others = as_in_the_table(held.runs, pairs)
+    words = dict.fromkeys(word for run, official in pairs for word in config.changes(run, official))
+    changed = tuple(word for word in words if not word.startswith("engine.dtype="))
+    # what else somebody ran has places in some tables; in that of the digits it would take those of the runs asked for
+    wanted, others = as_in_the_table(held.runs, pairs, further=not changed and asked.table != "digits")
     table = tables.build(asked.table, wanted)
-    changed = dict.fromkeys(word for run, official in pairs for word in config.changes(run, official))
-    changed = tuple(word for word in changed if not word.startswith("engine.dtype="))
     table = dataclasses.replace(
         table,
-        caption=f"{table.caption} Changed in every run: {' '.join(changed)}." if changed else table.caption,
+        caption=f"{table.caption} Set for every run: {' '.join(changed)}." if changed else table.caption,
         notes=[*table.notes, *others],
         changed=changed,
     )
@@ -166,12 +168,25 @@ def render(
     print("Written:", *written, html)
 
 
+def one_in_a_place(pairs: Sequence[tuple[config.Run, config.Run]]) -> None:
+    """Raises `UserError` when --set makes several runs of one of the table's."""
+    found: dict[tuple[str, str], str] = {}
+    for run, official in pairs:
+        name = config.run_id(run)
+        if found.setdefault((config.run_id(official), run.engine.dtype), name) != name:
+            raise UserError(
+                f"--set makes several runs of one of the table's ({config.run_id(official)}): give one value for each "
+                "key; python scripts/train.py -m sweeps."
+            )
+
+
 def as_in_the_table(
-    runs: pd.DataFrame, pairs: Sequence[tuple[config.Run, config.Run]]
+    runs: pd.DataFrame, pairs: Sequence[tuple[config.Run, config.Run]], further: bool
 ) -> tuple[pd.DataFrame, list[str]]:
     """The runs asked for, of any seed, in the places that they take in the table; notes on those in other dtypes.
 
-    A table looks for its own settings: without this it would not find those that --set has changed.
+    A table looks for its own settings: without this it would not find those that --set has changed. With `further`
+    there are those of all other settings too.
     """
     told = [
         "dataset", "imbalance_factor", "model", "loss", "gamma", "weighting", "beta", "reduction", "overrides", "epochs"
@@ -190,7 +205,7 @@ def as_in_the_table(
         row | dict(zip(told, place, strict=True))
         for row in rows
         if row["dtype"] in dtypes
-        for place in places.get(settings(row), ())
+        for place in places.get(settings(row), [settings(row)] if further else ())
     ]
     count = Counter(
         row["dtype"]

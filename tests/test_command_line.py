@@ -228,7 +228,8 @@ def test_a_sweep_writes_where_its_runs_are_and_nowhere_else(train: Train, tmp_pa
 def test_a_tilde_is_home(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert train(*DIGITS, 'output_dir="~/größe"')[0] == 0
-    assert len(list((tmp_path / "home/größe").glob("*/done"))) == 1 and not (tmp_path / "~").exists()
+    assert train("-m", *DIGITS, 'output_dir="~/größe"', "seed=1,2")[0] == 0
+    assert len(list((tmp_path / "home/größe").glob("*/done"))) == 3 and not (tmp_path / "~").exists()
 
 
 def test_jobs_of_a_sweep_that_are_one_run_are_said(train: Train, tmp_path: Path) -> None:

@@ -90,10 +90,11 @@ def made_up(planned: list[config.Run]) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("name", "extra", "said"),
     [
-        ("digits", ["recipe.epochs=80"], "Changed in every run: recipe.epochs=80."),
-        ("2", ["recipe.epochs=100", "tracking=off"], "Changed in every run: recipe.epochs=100."),
-        ("grid10", ["model.depth=20", "engine.dtype=bf16"], "Changed in every run: model.depth=20."),
-        ("ablation_digits", ["recipe.weight_decay=5e-4"], "Changed in every run: recipe.weight_decay=0.0005."),
+        ("digits", ["recipe.epochs=80"], "Set for every run: recipe.epochs=80."),
+        ("digits", ["recipe.milestones=[20,30]"], "Set for every run: recipe.milestones=[20.0,30.0]."),
+        ("2", ["recipe.epochs=100", "tracking=off"], "Set for every run: recipe.epochs=100."),
+        ("grid10", ["model.depth=20", "engine.dtype=bf16"], "Set for every run: model.depth=20."),
+        ("ablation_digits", ["recipe.weight_decay=5e-4"], "Set for every run: recipe.weight_decay=0.0005."),
     ],
 )
 def test_a_table_shows_the_runs_that_set_has_changed(
@@ -118,11 +119,33 @@ def test_a_table_shows_the_dtype_that_was_asked_for(monkeypatch: pytest.MonkeyPa
         [made_up(reproduce_table.plan("digits", [0, 1])), made_up(reproduce_table.plan("digits", [0], half))]
     )
     shown = table_of("digits", half, both, monkeypatch, tmp_path)
-    assert "All runs of ours are in bf16." in shown.caption and "Changed" not in shown.caption
+    assert "All runs of ours are in bf16." in shown.caption and "Set for" not in shown.caption
     assert "50 done runs in fp32 left out: not asked for." in shown.notes
     shown = table_of("digits", [], both, monkeypatch, tmp_path)
     assert {len(cell.values) for cell in shown.cells()} == {2}  # of any seed
     assert "25 done runs in bf16 left out: not asked for." in shown.notes and shown.command.endswith("SEEDS=0,1")
+
+
+def test_a_table_shows_what_else_it_has_places_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of Table 2 the footnote's runs; and in the digits' other schedules do not take the places of those asked for."""
+    official = reproduce_table.plan("2", [0])
+    dropped = [dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, drop=0.01)) for run in official]
+    rows = made_up([*official, *(run for run in dropped if run.dataset.imbalance_factor == 1)])
+    shown = table_of("2", [], rows, monkeypatch, tmp_path)
+    [footnote] = [panel for panel in shown.panels if panel.title.startswith("IF 1 with")]
+    assert all(cell.values for cell in footnote.cells())
+    longer = reproduce_table.plan("digits", [0, 1], ["recipe.epochs=80"])
+    shown = table_of("digits", [], made_up([*reproduce_table.plan("digits", [0]), *longer]), monkeypatch, tmp_path)
+    assert "40 epochs" in shown.caption and {len(cell.values) for cell in shown.cells()} == {1}
+
+
+def test_several_values_of_a_key_are_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--dry", "--seeds", "0", "--set", "recipe.epochs=1,2"])
+    with pytest.raises(
+        UserError, match=r"makes several runs of one of the table's \(digits_lt-.*give one value for each key"
+    ):
+        reproduce_table.main()
+    reproduce_table.one_in_a_place(reproduce_table.plan_pairs("digits", [0], ["engine.dtype=fp32,bf16"]))
 
 
 def table_of(

@@ -355,6 +355,8 @@ def test_a_done_run_is_refused_for_other_images_in_the_folder(tmp_path: Path) ->
         assert (name / "result.json").read_bytes() == kept
     root.rename(tmp_path / "elsewhere")
     assert again()["skipped"] == "done before"
+    root.mkdir()  # where a disk was mounted
+    assert again()["skipped"] == "done before"
 
 
 def files_up_to(size: int) -> contextlib.AbstractContextManager:

@@ -186,9 +186,12 @@ def live(
 def _done(run: config.Run, folder: Path) -> dict[str, Any]:
     """The record of a run that is done; raises `UserError` when it is of other images than a `folder` holds now."""
     record = records.read_record(folder)
-    # all other sets are what they were, and images that are gone are no others
-    if run.dataset.name == "folder" and Path(run.dataset.root).is_dir():
-        images = data.load(run.dataset)
+    # all other sets are what they were, and images that are gone or cannot be read are no others
+    if run.dataset.name == "folder":
+        try:
+            images = data.load(run.dataset)
+        except (UserError, OSError):
+            return record | {"skipped": "done before"}
         now = {
             "n_train": len(images.subset),
             "n_test": len(images.test_labels),

@@ -124,7 +124,7 @@ def _line(table: Table, panel: Panel, label: str, column: str, cell: Cell) -> di
         "loss": cell.setting.loss,
         "gamma": cell.setting.gamma,
         "beta": cell.setting.beta,
-        "departures": cell.setting.departures,
+        "departures": " ".join([cell.setting.departures, *table.changed]).strip(),
         **numbers,
         "verdict": cell.verdict,
         "n": len(cell.values),
