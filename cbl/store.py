@@ -33,6 +33,10 @@ CURVES = {
     "test_error": "Float64",
 }
 POINTS = 50  # of a published curve: as many as a figure can show
+# What runs that may take one place in a table share; seeds and dtype apart.
+SETTING = [
+    "dataset", "imbalance_factor", "model", "loss", "gamma", "weighting", "beta", "reduction", "overrides", "epochs",
+]  # fmt: skip
 _ORDER = ["dataset", "imbalance_factor", "model", "loss", "gamma", "beta", "reduction", "overrides", "epochs", "dtype"]
 _ORDER += ["seed", "subset_seed", "run_id"]
 _RANK = {"running": 0, "failed": 1, "done": 2}  # of two readings of a run the higher status counts
@@ -231,8 +235,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     mean and sd (n - 1; NA for one run) are of error_last, best_* of error_best, in %. seeds: list of (seed,
     subset_seed). Runs of different cells are never averaged.
     """
-    shared = ["dataset", "imbalance_factor", "model", "loss", "gamma", "weighting", "beta", "reduction", "overrides"]
-    shared += ["dtype", "epochs"]
+    shared = [*SETTING, "dtype"]
     done = runs[(runs["status"] == "done") & runs["error_last"].notna()]
     rows = []
     for cell, group in done.groupby("cell", sort=False):

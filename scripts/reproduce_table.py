@@ -188,12 +188,9 @@ def as_in_the_table(
     A table looks for its own settings: without this it would not find those that --set has changed. With `further`
     there are those of all other settings too.
     """
-    told = [
-        "dataset", "imbalance_factor", "model", "loss", "gamma", "weighting", "beta", "reduction", "overrides", "epochs"
-    ]  # fmt: skip
 
     def settings(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in told)
+        return tuple(row[name] for name in store.SETTING)
 
     rows = [{name: None if pd.isna(value) else value for name, value in row.items()} for row in runs.to_dict("records")]
     rows = [row | {"overrides": row["overrides"] or ""} for row in rows]
@@ -202,7 +199,7 @@ def as_in_the_table(
     for run, official in pairs:
         places.setdefault(settings(records.new_record(run)), {})[settings(records.new_record(official))] = None
     found = [
-        row | dict(zip(told, place, strict=True))
+        row | dict(zip(store.SETTING, place, strict=True))
         for row in rows
         if row["dtype"] in dtypes
         for place in places.get(settings(row), [settings(row)] if further else ())
