@@ -129,10 +129,10 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
         handle.write(json.dumps(row) + "\n")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line that a kill cut short is left out."""
+def read_metrics(folder: Path, errors: str = "strict") -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last line that a kill cut short is left out. `errors` of UTF-8 as for `bytes.decode`."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors=errors).splitlines()
     except FileNotFoundError:
         return []
     rows = []
@@ -145,8 +145,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewind_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Drops the rows after `step` (they will be trained again) and returns the others."""
-    rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    """Drops the rows after `step` (they will be trained again) and returns the others.
+
+    What a machine that went down left behind them, whatever its bytes, goes with them.
+    """
+    rows = [row for row in read_metrics(folder, errors="replace") if row["step"] <= step]
     disk.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

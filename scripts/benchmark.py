@@ -165,9 +165,9 @@ def race(
 ) -> dict[str, list[float]]:
     """Images/s of every turn that counts, by name: `turns`, or as many as end within `share` of the time left.
 
-    A unit that fails, or whose turn does not come, is named in the report, with `what`; there is no budget that leaves
-    out the first. Units that have been `called` are not called once more to warm up. Where no time is left after a
-    first turn, that turn counts of those which were warm before it.
+    A unit that fails, in whichever turn, or whose turn does not come, is named in the report, with `what`; there is no
+    budget that leaves out the first. Units that have been `called` are not called once more to warm up. Where no time
+    is left after a first turn, that turn counts of those which were warm before it.
     """
     warm = bench.cuda or called
     first: dict[str, float] = {}
@@ -196,8 +196,11 @@ def race(
             elif name in rates:
                 if (warm or any(rates.values())) and time.monotonic() + seconds[name] > ends:
                     continue
-                images, taken = timed(bench, unit, repeats[name])
-                rates[name].append(images / taken)
+                with passed_over(bench, f"{what}, {name}" if name else what):
+                    images, taken = timed(bench, unit, repeats[name])
+                    rates[name].append(images / taken)
+                    continue
+                del rates[name]  # what it reached before it failed is no figure of it
     for name in [name for name, found in rates.items() if not found]:
         if warm:
             rates[name] = [first[name]]

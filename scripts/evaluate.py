@@ -197,7 +197,8 @@ def recorded_error(record: dict[str, Any], weights: Path, step: int) -> float | 
     """What the run itself measured on these weights; None when it did not evaluate there."""
     if weights.name != "checkpoint.pt" and record.get("error_last") is not None:
         return record["error_last"]
-    return next((row["test_error"] for row in records.read_metrics(weights.parent) if row["step"] == step), None)
+    rows = records.read_metrics(weights.parent, errors="replace")
+    return next((row["test_error"] for row in rows if row["step"] == step), None)
 
 
 # -- for the eye -------------------------------------------------------------------------------------------------------

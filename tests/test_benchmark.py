@@ -236,6 +236,21 @@ def test_one_turn_counts_even_when_the_budget_is_used_up(benchmark: ModuleType) 
     assert len(rates["A"]) == 1
 
 
+@pytest.mark.parametrize("turn", [0, 1, 3])
+def test_what_fails_in_any_turn_costs_only_itself(benchmark: ModuleType, turn: int) -> None:
+    left = iter(range(turn))
+
+    def fails() -> int:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError
+        return 1
+
+    bench = small_bench(benchmark)
+    rates = benchmark.race(bench, {"A": lambda: 1, "B": fails, "C": lambda: 1}, turns=3, share=1.0, what="k")
+    assert {name: len(found) for name, found in rates.items()} == {"A": 3, "C": 3}
+    assert bench.left_out == ["k, B: more than the device's memory holds"]
+
+
 class Clock:
     """Stands for the module `time`: units say how long they take."""
 

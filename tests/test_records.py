@@ -101,6 +101,16 @@ def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, kept: int
     assert path.read_text(encoding="utf-8") == whole
 
 
+@pytest.mark.parametrize("garbage", [bytes(40), b"\xff\xfe\x00{", b"\xc3"], ids=["zeros", "no UTF-8", "half a letter"])
+def test_what_a_machine_that_went_down_left_is_no_row(tmp_path: Path, garbage: bytes) -> None:
+    for row in rows([4, 8]):
+        records.append_metrics(tmp_path, row)
+    with (tmp_path / "metrics.jsonl").open("ab") as handle:
+        handle.write(garbage)
+    assert records.rewind_metrics(tmp_path, 8) == rows([4, 8])
+    assert records.read_metrics(tmp_path) == rows([4, 8])
+
+
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))

@@ -597,10 +597,14 @@ def test_the_hours_of_a_table_are_told_without_the_rows_that_fail(
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("place", ["at its start", "under way"])
 def test_a_run_without_memory_beside_others_waits_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], at_once: int, place: str
 ) -> None:
-    """There is memory for `at_once` of three runs; none is ever too large when it is alone."""
-    live, most = set(), []
+    """There is memory for `at_once` of three runs; none is ever too large when it is alone. None has failed."""
+    live, most, pages = set(), [], []
+    finish = tracking.Tracker.finish
+    monkeypatch.setattr(
+        tracking.Tracker, "finish", lambda page, record: pages.append(record["status"]) or finish(page, record)
+    )
 
     class Held:
         def __init__(self, run: config.Run) -> None:
@@ -632,6 +636,9 @@ def test_a_run_without_memory_beside_others_waits_for_them(
     runs = [digits(tmp_path, seed=s, engine__device="cuda", engine__lanes=3, engine__max_steps=9) for s in range(3)]
     assert [record["status"] for record in resident.train(runs)] == ["done"] * 3
     assert max(most) == at_once and not live
+    assert "Traceback" not in capfd.readouterr().err
+    # running: closed as interrupted
+    assert set(pages) == ({"done"} if place == "at its start" else {"running", "done"})
     assert all(records.is_done(records.folder_of(run)) for run in runs)
 
 

@@ -116,6 +116,10 @@ def journey(
     Raises `torch.OutOfMemoryError` alone, and where the run is not `alone`: it may fit later.
     """
     folder, record = records.folder_of(run), records.new_record(run)
+
+    def may_fit_later(error: Exception) -> bool:
+        return isinstance(error, torch.OutOfMemoryError) and not alone()
+
     try:
         job = prepare(run, choose_device(run.engine))  # what can be wrong is found before anything is written
         with records.lock(folder) as mine:
@@ -125,9 +129,9 @@ def journey(
                 return _done(run, folder)
             record |= job.facts | {"lanes": lanes}
             try:
-                yield from live(run, job, record, folder, display, deadline)
+                yield from live(run, job, record, folder, display, deadline, may_fit_later)
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError) and not alone():
+                if may_fit_later(error):
                     raise
                 if record["status"] != "failed":  # it came before the training
                     record |= _failure(error)
@@ -135,13 +139,19 @@ def journey(
                     records.write_record(folder, record)
             return record
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) and not alone():
+        if may_fit_later(error):
             raise
         return record | _failure(error)
 
 
 def live(
-    run: config.Run, job: Job, record: dict[str, Any], folder: Path, display: Display, deadline: float
+    run: config.Run,
+    job: Job,
+    record: dict[str, Any],
+    folder: Path,
+    display: Display,
+    deadline: float,
+    may_fit_later: Callable[[Exception], bool],
 ) -> Generator[None, None, None]:
     """The life of a run whose folder is ours: resume, train, evaluate, record; keeps `record` up to date."""
     # ---- resume
@@ -176,7 +186,8 @@ def live(
         if record["status"] == "done":
             records.mark_done(folder)
     except Exception as error:
-        record |= _failure(error)  # before W&B's page is closed, which says it too
+        if not may_fit_later(error):
+            record |= _failure(error)  # before W&B's page is closed, which says it too
         raise
     finally:
         line.close()
