@@ -61,7 +61,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The official recipe, where the paper is silent the official code."""
+    """The paper's recipe, where it is silent that of the official code, but for `image_order`."""
 
     epochs: int = 200
     batch_size: int = 128

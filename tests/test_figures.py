@@ -15,7 +15,7 @@ from matplotlib.text import Text
 
 from cbl import config, records, store
 from cbl.errors import UserError
-from cbl.report import figures, paper, tables
+from cbl.report import figures, paper, tables, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "tests" / "miniature" / "runs"
@@ -539,6 +539,14 @@ def test_the_published_runs_are_as_the_readme_says_of_the_two_costliest_details_
     for loss, gamma, beta in (("softmax", None, 0.0), ("focal", 1.0, 0.9)):
         asked = "cifar100_lt", loss, gamma, beta, tables.AUTHORS_ORDER
         assert 8 < worse(*asked, 20, 160) < 12 and 1 < worse(*asked, 199, 200) < 1.5
+        default = tables.ABLATED_CIFAR["cifar100_lt"]._replace(loss=loss, gamma=gamma, beta=beta)
+        [printed] = [c.paper for c in tables.build("grid100", published.runs).cells() if c.setting == default]
+        [shuffled], [streamed] = (
+            [row["error_last"] for row in done[setting]]
+            for setting in (default, tables.changed(default, tables.AUTHORS_ORDER))
+        )
+        assert abs(shuffled - printed) < abs(streamed - printed)
+        assert verdict.verdict(printed, [streamed]) == "agrees"
     asked = "cifar10_lt", "softmax", None, 0.0, tables.AUTHORS_ORDER
     assert worse(*asked, 0, 60) > 2 > worse(*asked, 60, 160) and worse(*asked, 199, 200) < 0.5
 
@@ -564,6 +572,8 @@ def test_moved_drops_part_from_the_official_run():
     ends = [(line.get_xdata()[0], line.get_xdata()[-1], line.get_ydata()[-1]) for line in ax.get_lines()]
     assert ends == [(99.99, 119.99, 25.0), (139.99, 159.99, 35.0), (63.99, 199.99, 30.0)]  # from the last one before
     assert [text.get_text() for text in ax.texts] == ["25.0", "35.0"]
+    official = figure.legends[0].get_texts()[0].get_text()
+    assert official == "official run, ×0.01 at epoch 160; a point every 4 epochs"
     assert figures.moved_drop(frame(rows[3:]), curves) is None
 
 

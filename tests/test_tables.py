@@ -63,6 +63,10 @@ def at(panel: Panel, row: str, column: str) -> Cell:
     return cell
 
 
+def on_subset(one: config.Run, subset_seed: int) -> config.Run:
+    return dataclasses.replace(one, dataset=dataclasses.replace(one.dataset, subset_seed=subset_seed))
+
+
 # -- what a table is made of -------------------------------------------------------------------------------------------
 
 
@@ -164,6 +168,19 @@ def test_a_table_shows_one_dtype(made: Any) -> None:
     assert "fp32" in table.caption  # of equals
 
 
+@pytest.mark.parametrize(
+    ("factor", "subsets", "says"), [(20, (0, 0), True), (20, (0, 1), False), (20, (0,), False), (1, (0, 0), False)]
+)
+def test_a_table_says_when_its_seeds_share_the_choice_of_images(
+    made: Any, factor: int, subsets: tuple[int, ...], says: bool
+) -> None:
+    ends = [
+        (on_subset(run("cifar10_lt", factor, "softmax", 0.0, seed), subset), 17.0)
+        for seed, subset in enumerate(subsets)
+    ]
+    assert ("They share one choice of training images" in tables.build("grid10", made(*ends)).caption) == says
+
+
 def test_other_settings_stay_out_of_a_cell(made: Any) -> None:
     official = [(run("cifar10_lt", 100, "softmax", 0.9, seed), 30.0 + seed) for seed in (0, 1)]
     others = [
@@ -182,8 +199,7 @@ def test_other_settings_stay_out_of_a_cell(made: Any) -> None:
 
 def test_subset_seeds_are_told_apart(made: Any) -> None:
     def end(seed: int, subset_seed: int, error: float) -> tuple:
-        one = run("cifar100_lt", 10, "softmax", 0.0, seed)
-        return dataclasses.replace(one, dataset=dataclasses.replace(one.dataset, subset_seed=subset_seed)), error
+        return on_subset(run("cifar100_lt", 10, "softmax", 0.0, seed), subset_seed), error
 
     cell = at(tables.build("2", made(end(0, 1, 43.0), end(0, 0, 44.0))).panels[1], "Softmax", "IF 10")
     assert (cell.seeds, cell.values) == (("0", "0.1"), (44.0, 43.0))

@@ -520,6 +520,7 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     if not found:
         return None
     figure = Figure((PAGE, 2.6 * len(found) + 0.2))
+    apart: list[float] = []  # epochs between the points of a grey line, between which others part from it
     for ax, (column, moved) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found.items(), strict=True):
         seeds = Counter(tables.seed_label(row) for _, row in moved)
         seed = max(seeds, key=seeds.__getitem__)
@@ -537,10 +538,14 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
             if row["dtype"] == moved[0][1]["dtype"] and tables.seed_label(row) == seed:
                 points = curves[(curves["run_id"] == row["run_id"]) & (curves["epoch"] > tables.DROPS[0] - 40)]
                 ax.plot(points["epoch"], points["test_error"], color="#aaaaaa", zorder=1)
+                apart.extend(points["epoch"].diff().dropna())
         ax.set(xlabel="epoch", ylabel="test error, %")
         ax.margins(y=0.15)
         ax.set_title(f"{panel.title}, {column}, seed {seed}, {moved[0][1]['dtype']}")
-    handles = [Line2D([], [], color="#aaaaaa", label=f"official run, ×0.01 at epoch {Recipe().milestones[0]:g}")]
+    official = f"official run, ×0.01 at epoch {Recipe().milestones[0]:g}"
+    if apart and (every := round(float(np.median(apart)))) > 1:
+        official += f"; a point every {every} epochs"
+    handles = [Line2D([], [], color="#aaaaaa", label=official)]
     handles.append(
         Line2D(
             [],

@@ -72,8 +72,8 @@ def _head(built: Mapping[str, Table], runs: pd.DataFrame) -> str:
         "Recipe": f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}, batch "
         f"{recipe.batch_size}, {recipe.epochs} epochs, learning rate {recipe.learning_rate:g} after "
         f"{recipe.warmup_epochs:g} epochs of warm-up, ×0.01 at epochs "
-        f"{' and '.join(f'{epoch:g}' for epoch in recipe.milestones)} (×0.1 at imbalance factor 1); digits: shorter, "
-        "as their table says",
+        f"{' and '.join(f'{epoch:g}' for epoch in recipe.milestones)} (×0.1 at imbalance factor 1), images in a new "
+        "random order every epoch, which is not the official code’s; digits: shorter, as their table says",
         "Headline": "test error after the last step; the lowest of all evaluations is chosen on the test set and "
         "shown apart",
         "Verdict": "the difference of means against two standard errors √(0.7² + s²/n): 0.7 points are the run-to-run "

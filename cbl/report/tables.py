@@ -263,7 +263,7 @@ def done_runs(runs: pd.DataFrame) -> Done:
 def one_dtype(done: Done, wanted: Iterable[Setting]) -> tuple[Done, str, list[str]]:
     """The runs of the wanted settings in the dtype that most of them have; a sentence that names it; notes.
 
-    The notes count what is left out.
+    The sentence also says where several seeds share one choice of images, the notes count what is left out.
     """
     pool = {setting: done[setting] for setting in dict.fromkeys(wanted) if setting in done}
     count = Counter(row["dtype"] for rows in pool.values() for row in rows)
@@ -284,7 +284,12 @@ def one_dtype(done: Done, wanted: Iterable[Setting]) -> tuple[Done, str, list[st
         strangers += len(rows) - len(found[setting])
     if strangers:
         notes.append(f"{plural(strangers, 'done run')} of another `cell` left out: these are never averaged.")
-    return found, f"All runs of ours are in {chosen}.", notes
+    sentence = f"All runs of ours are in {chosen}."
+    drawn = {setting: rows for setting, rows in found.items() if (setting.imbalance_factor or 1) > 1}
+    subsets = {row["subset_seed"] for rows in drawn.values() for row in rows}
+    if len(subsets) == 1 and any(len(rows) > 1 for rows in drawn.values()):
+        sentence += " They share one choice of training images, whose spread no deviation or interval here holds."
+    return found, sentence, notes
 
 
 def error_cell(
