@@ -124,7 +124,7 @@ class ClassBalancedLoss(nn.Module):
         else:
             losses = focal_loss(logits, target, self.gamma)
         # Not by indexing, which counts a negative label from the end; an older torch.compile does so for gather too.
-        index = target.long() & _NO_SIGN if torch.compiler.is_compiling() else target.long()
+        index = target & _NO_SIGN if torch.compiler.is_compiling() else target
         weights = self.weights.gather(0, index)  # (B,): every sample is weighted by its own class
         weighted = weights * losses
         if self.reduction == "none":

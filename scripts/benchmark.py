@@ -71,6 +71,7 @@ from cbl.report.bench_plot import (
     OUR_COMPILED,
     OURS,
     REFERENCE,
+    SEARCHED,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,7 +266,7 @@ def one_run(bench: Bench, dtype: str, folder: Path) -> None:
         NCHW: contenders.nchw,
     }
     if bench.cuda:
-        makers |= {CAPTURED: contenders.replayed, "step, cuDNN search": contenders.searched}
+        makers |= {CAPTURED: contenders.replayed, SEARCHED: contenders.searched}
     else:
         makers |= {NO_ONEDNN: contenders.without_onednn}
     if bench.full:
@@ -597,6 +598,8 @@ def _resnet50(bench: Bench) -> None:
     units: dict[str, Unit] = {}
     facts: dict[str, dict[str, Any]] = {}
     for form in ("", COMPILED) if bench.cuda else ("",):
+        if bench.over(f"the large sets' step{form}"):
+            continue
         run = contenders.make_large_run(device, bench.image_size, bool(form))
         job = None
         with passed_over(bench, f"the large sets' step{form}"):

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import checkout  # noqa: F401
 
-from cbl.data import index, prepare
+from cbl import config
+from cbl.data import prepare
 from cbl.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=index.NAMES)
+    parser.add_argument("dataset", choices=config.LARGE)
     parser.add_argument("--root", default="data", type=Path, help="prepared under <root>/<dataset> (default: data)")
     parser.add_argument("--archives", type=Path, help="folder of the archives (default: <root>/archives)")
     parser.add_argument(

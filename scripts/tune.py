@@ -13,6 +13,7 @@ Interrupted, by Ctrl-C, SIGTERM or --budget, it prints the best so far.
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import math
@@ -141,10 +142,11 @@ def _passes(given: argparse.Namespace, lane: int) -> Callable[[], Any]:
 
 
 def _compile(work: tuple[argparse.Namespace, dict[Entry, Tile]]) -> None:
-    """Into Triton's cache on the disk, by running it."""
+    """Into Triton's cache on the disk, by running it; what fails will say so when it is measured."""
     given, tiles = work
     _take(tiles)
-    if _try(_passes(given, 0)):
+    with contextlib.suppress(Exception):
+        _passes(given, 0)()
         torch.cuda.synchronize()
 
 
@@ -154,6 +156,10 @@ def _try(function: Callable[[], Any]) -> bool:
     try:
         function()
     except (OutOfResources, PTXASError):
+        return False
+    except RuntimeError as error:
+        if "PassManager" not in str(error):  # as Triton says that its compiler gave up
+            raise
         return False
     return True
 
@@ -192,17 +198,19 @@ class Stopwatch:
 class Sound:
     """Whether some tiles start in every dtype in which the first do, and give the gradients that those give.
 
-    With ResNet-8: it has all the tables' convolutions of colour images, and a deeper one amplifies rounding more.
+    With ResNet-8: it has all the tables' convolutions of colour images, and a deeper one amplifies rounding more. Each
+    dtype is compiled here and takes some seconds: `in_time` is called before.
     """
 
-    def __init__(self, given: argparse.Namespace, first: dict[Entry, Tile]) -> None:
-        self.given = given
+    def __init__(self, given: argparse.Namespace, first: dict[Entry, Tile], in_time: Callable[[], None]) -> None:
+        self.given, self.in_time = given, in_time
         _take(first)
         self.expected = {dtype: found for dtype in APART if (found := self._gradients(dtype)) is not None}
 
     def __call__(self, tiles: dict[Entry, Tile]) -> bool:
         _take(tiles)
         for dtype, expected in self.expected.items():
+            self.in_time()
             found = self._gradients(dtype)
             if found is None:
                 return False
@@ -249,7 +257,14 @@ def main(arguments: list[str] | None = None) -> None:
     fused = kernels()
     before = {(table, channels): tile for table in TABLES for channels, tile in getattr(fused, table).items()}
     tiles = {entry: tile for entry, tile in before.items() if entry[1][0] != 1}  # measured on colour images
-    stopwatch, sound = Stopwatch(given), Sound(given, tiles)
+
+    def in_time() -> None:
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
+        if time.monotonic() > ends:
+            raise OutOfTime
+
+    stopwatch, sound = Stopwatch(given), Sound(given, tiles, in_time)
     first = stopwatch(tiles)
     if first is None:
         raise UserError("The tiles of cbl/engine/fused.py do not fit this GPU: lower their rounds or pixels there.")
@@ -260,12 +275,6 @@ def main(arguments: list[str] | None = None) -> None:
         nonlocal best
         best = took
         print(f"{entry[0]} {entry[1]}: {tiles[entry]} of {tried + 1}, {took:.3f} ms", flush=True)
-
-    def in_time() -> None:
-        if INTERRUPTED.is_set():
-            raise KeyboardInterrupt
-        if time.monotonic() > ends:
-            raise OutOfTime
 
     def measure(tiles: dict[Entry, Tile]) -> float | None:
         in_time()

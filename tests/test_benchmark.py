@@ -39,6 +39,7 @@ from cbl.report.bench_plot import (
     OUR_COMPILED,
     OURS,
     REFERENCE,
+    SEARCHED,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -446,7 +447,10 @@ def test_a_gpu_report_names_targets_launches_and_no_gap(written: tuple[dict[str,
     report["rows"] = [row for row in report["rows"] if row["section"] != "resnet50 ratio"]
     report["rows"].append(against | {"name": OURS, "ratio": [0.96, 0.98, 0.9]})
     report["rows"].append(against | {"name": OURS + COMPILED, "ratio": [0.94]})
-    page = bench_plot.markdown(report, measured_on_gpu=True)
+    kernels = "Our steps and runs are in the Triton kernels of `engine.fused=true`, but for the rows step, NCHW; "
+    assert kernels not in bench_plot.markdown(report, measured_on_gpu=True)
+    page = bench_plot.markdown(report | {"fused": True}, measured_on_gpu=True)
+    assert kernels in page
     assert (
         "reaches 0.960 (0.900 to 0.980, turns: 3) of the images/s of theirs. Target at least 0.95: met by the" in page
     )
@@ -750,6 +754,31 @@ def test_of_the_large_sets_one_that_fails_costs_no_other(
     assert len([row for row in bench.rows if row["section"] == "resnet50 loss"]) == 3
 
 
+def test_of_the_large_sets_no_step_is_made_when_the_budget_is_used_up(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may compile for minutes."""
+    monkeypatch.setattr(benchmark.Bench, "cuda", True)
+    monkeypatch.setattr(benchmark.synthetic, "make_job", lambda *_: pytest.fail("made"))
+    bench = small_bench(benchmark, ends=0.0)
+    benchmark.resnet50(bench)
+    assert bench.left_out == [f"the large sets' step{form}: the budget was used up" for form in ("", COMPILED)]
+
+
+def test_what_is_measured_in_torch_s_kernels_is_so_beside_fused_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a page of --fused says it of its rows."""
+    sizes = []
+    monkeypatch.setattr(contenders, "make_job", lambda size, run: sizes.append((size, run)) or stop())
+    for make in (contenders.nchw, contenders.compiled, contenders.searched):
+        with pytest.raises(StopIteration):
+            make(Size(CPU, fused=True), "fp32")
+    assert not any(size.fused or run.engine.fused for size, run in sizes) and len(sizes) == 3
+
+
+def stop() -> None:
+    raise StopIteration
+
+
 @pytest.mark.usefixtures("stand_in")
 def test_of_lanes_that_do_not_fit_those_that_do_are_measured(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -922,7 +951,7 @@ def test_the_benchmark_measures_all_that_a_gpu_has(benchmark: ModuleType, tmp_pa
     benchmark.one_run(bench, "fp32", tmp_path)
     benchmark.side_by_side(bench, "fp32", tmp_path)
     found = [(row["section"], row["name"], row["runs"]) for row in bench.rows if row["section"] != "overhead"]
-    assert {name for section, name, _ in found if section == "one run"} >= {CAPTURED, "step, cuDNN search"}
+    assert {name for section, name, _ in found if section == "one run"} >= {CAPTURED, SEARCHED}
     assert [(name, runs) for section, name, runs in found if section == "side by side"] == [
         ("streams", 1),
         ("streams", 2),

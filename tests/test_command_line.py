@@ -246,6 +246,16 @@ def test_a_wrong_command_line_is_answered_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPT.parent.parent)
 
 
+def test_the_bench_runs_without_hydra() -> None:
+    """As on a machine that is lent for an hour and has torch alone."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['hydra', 'omegaconf', 'wandb']); import benchmark\n"
+        "with benchmark.one_line(): benchmark.main(['--threads', '0'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "--threads is 0: it must be 1 or more.\n")
+
+
 def test_scripts_take_the_checkout_they_are_in(tmp_path: Path) -> None:
     """And not a `cbl` that is installed as well, or lies before it on the path."""
     (tmp_path / "cbl").mkdir()
@@ -291,7 +301,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, ours)
     try:
+        late = time.monotonic() + 120
         while training.poll() is None and not list(tmp_path.glob("outputs/runs/*/checkpoint.pt")):
+            assert time.monotonic() < late, "no checkpoint"
             time.sleep(0.02)
         training.send_signal(signal.SIGINT)
         _, err = training.communicate(timeout=60)

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,6 +256,7 @@ def test_a_download_cut_short_leaves_nothing_and_can_be_repeated(online, server,
         cifar.read("cifar10_lt", str(tmp_path), download=True)
     assert left_behind(tmp_path) == []
     server.cut = False
+    cifar._in_vain.clear()  # as a minute later
     cifar.read("cifar10_lt", str(tmp_path), download=True)
     assert files_under(tmp_path) == online
 
@@ -293,6 +295,25 @@ def test_two_at_once_download_once(online, server, tmp_path):
         thread.join()
     assert not errors and len(sources) == 2
     assert server.asked == 1 and files_under(tmp_path) == online
+
+
+def test_a_download_in_vain_is_not_tried_again_at_once(monkeypatch, tmp_path):
+    """Nor for long where it failed at once: then it costs nothing."""
+    publish(monkeypatch, "cifar10", miniature("cifar10"))
+    asked, clock = [], [100.0]
+    monkeypatch.setattr(cifar, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def fetch(archive, root):
+        asked.append(clock[0])
+        clock[0] += 3
+        raise UserError("no network")
+
+    monkeypatch.setattr(cifar, "_fetch", fetch)
+    for later in (0, 1, 28, 2, 0):
+        clock[0] += later
+        with pytest.raises(UserError, match=r"^no network$"):
+            cifar.read("cifar10_lt", str(tmp_path), download=True)
+    assert asked == [100, 134]  # 3 s in vain: 30 s
 
 
 def test_without_network_one_line_within_seconds(monkeypatch, tmp_path):

@@ -62,10 +62,10 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("synced"), fsync(handle)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(f"{os.fstat(handle).st_size} B"), fsync(handle)))
     monkeypatch.setattr(os, "replace", lambda *names: (done.append("renamed"), replace(*names)))
     disk.write(tmp_path / "x", b"content")
-    assert done == ["synced", "renamed"] and (tmp_path / "x").read_bytes() == b"content"
+    assert done == ["7 B", "renamed"] and (tmp_path / "x").read_bytes() == b"content"
 
 
 def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_a_step_of_a_run() -> None:
         }
         made = job.prepare(config.from_mapping(settings), torch.device("cuda"))
         assert (type(made.step.model).__name__ == "Fused") == fused
-        assert (getattr(made.step.augmented, "func", None) is not None) == fused
+        assert (made.step.augmented is not None) == fused
         made.step.optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)  # type: ignore[assignment]
         made.step.load(np.array([[range(8), [0, 1, 2, 1] * 2, [2, 1, 0, 1] * 2, [0, 1] * 4]]), np.array([0.1]))
         made.step()

@@ -74,8 +74,10 @@ def test_the_limits_of_beta_are_exact():
 
 
 def test_effective_number_does_not_hand_out_the_callers_memory():
-    counts = np.array([3.0, 2.0])
-    effective_number(counts, 1.0).zero_()
+    counts = torch.tensor([3.0, 2.0], dtype=torch.float64, requires_grad=True)
+    effective = effective_number(counts, 1.0)
+    assert not effective.requires_grad
+    effective.zero_()
     assert counts.tolist() == [3.0, 2.0]
 
 

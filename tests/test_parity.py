@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cbl.engine import estimate, evaluate, processes, progress, resident
 from cbl.engine import step as engine_step
 from cbl.engine.job import Job, choose_device, prepare
 from cbl.engine.progress import Display
+from cbl.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -202,6 +204,20 @@ def test_what_a_graph_reads_lives_as_long_as_its_replay(stand_in: list[Graph]) -
     assert replay() is values
 
 
+def test_a_job_is_freed_when_nobody_holds_it(tmp_path: Path) -> None:
+    """A cycle would keep its images and weights in a GPU's memory until Python looks for cycles."""
+    job = prepare(digits(tmp_path), CPU)
+    step = weakref.ref(job.step)
+    gc.disable()
+    try:
+        job.step.load(np.zeros((1, 4, 64)), np.zeros(1))
+        job.advance()
+        del job
+        assert step() is None
+    finally:
+        gc.enable()
+
+
 # -- the CUDA path on a stand-in for a GPU ----------------------------------------------------------------------------
 
 
@@ -293,6 +309,33 @@ def test_streams_and_graphs_are_made_on_the_gpu_that_was_asked_for(monkeypatch: 
     for name in ("cuda:3", "cuda"):
         choose_device(cifar_run(engine__device=name).engine)
     assert current == [torch.device("cuda:3")]
+
+
+@pytest.mark.parametrize(
+    ("engine", "evaluations"),
+    [({}, 101), ({"eval_every": 3}, 68), ({"max_steps": 20}, 2), ({"max_steps": 20, "eval_every": 1000}, 2)],
+)
+def test_evaluations_are_counted_as_a_run_makes_them(
+    monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any], evaluations: int
+) -> None:
+    """Of the test set, at 10,000 images a second: those of the epochs that are trained, and one for the record."""
+    monkeypatch.setattr(estimate, "_measure", lambda *_: (0.0, 1e-4))
+    monkeypatch.setattr(processes, "count", lambda runs: 1)
+    values = {"dataset": {"name": "cifar10_lt"}, "engine": {"device": "cpu"} | engine}
+    assert estimate.seconds([config.from_mapping(values)]) == [pytest.approx(evaluations)]
+
+
+def test_a_set_that_an_imbalance_factor_does_not_suit_leaves_out_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_measure", lambda *_: (1.0, 0.0))
+    runs = [
+        config.from_mapping({"dataset": {"name": name, "imbalance_factor": 600.0}, "engine": {"device": "cpu"}})
+        for name in ("cifar10_lt", "cifar100_lt")
+    ]
+    said: list[str] = []
+    ten, hundred = estimate.seconds(runs, say=said.append)
+    assert ten > 0 == hundred and "imbalance_factor=600 does not suit cifar100_lt" in said[0] and len(said) == 1
+    with pytest.raises(UserError, match="does not suit cifar100_lt"):
+        estimate.seconds(runs[1:])
 
 
 @pytest.mark.usefixtures("quick", "stand_in")

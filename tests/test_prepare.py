@@ -27,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cbl import config, disk
 from cbl.data import index, prepare, streaming
 from cbl.data.prepare import archives, images
 from cbl.errors import UserError
@@ -203,7 +204,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-@pytest.mark.parametrize("name", index.NAMES)
+@pytest.mark.parametrize("name", config.LARGE)
 def test_images_labels_and_counts_are_those_of_the_archives(tmp_path, name):
     mini = miniature(tmp_path / "archives", name)
     found = mini.prepare(tmp_path / "data")
@@ -433,7 +434,7 @@ def test_a_checksum_is_computed_once_for_an_unchanged_file(tmp_path, monkeypatch
     def forbidden():
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(archives, "_md5", forbidden)
+    monkeypatch.setattr(disk, "md5", forbidden)
     mini.prepare(tmp_path / "elsewhere")
     os.utime(mini.folder / "train_val2018.tar.gz", (1, 1))
     with pytest.raises(AssertionError, match="computed again"):
@@ -467,7 +468,7 @@ def test_other_counts_than_the_published_are_refused_for_imagenet(tmp_path):
 def test_what_is_known_of_the_sets():
     """Table 1 of the paper, and the checksums that their publishers give."""
     known = prepare.PUBLISHED
-    assert set(known) == set(index.NAMES)
+    assert set(known) == set(config.LARGE)
     facts = {n: (p.images["train"], p.images["val"], p.classes, p.imbalance_factor) for n, p in known.items()}
     assert facts == {
         "inaturalist2017": (579_184, 95_986, 5_089, 435.44),
@@ -501,7 +502,7 @@ def test_imbalance_factors_of_table_1(tmp_path, counts, factor):
 # What is missing
 
 
-@pytest.mark.parametrize("name", index.NAMES)
+@pytest.mark.parametrize("name", config.LARGE)
 def test_missing_archives_are_listed_with_size_and_address(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(archives, "_fetch", lambda *_: pytest.fail("downloads without being asked"))
     with pytest.raises(UserError, match="cannot be prepared without") as caught:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import os
 import pty
@@ -170,12 +171,17 @@ def test_max_steps_ends_early_without_moving_the_milestones(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("order", ["shuffle", "official_stream"])
-def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, order: str) -> None:
+def test_stopped_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
     whole, parts = (digits(tmp_path / name, recipe__image_order=order, loss__beta=0.9) for name in "ab")
     (expected,) = resident.train([whole])
+    commands, new_record = itertools.count(), records.new_record
+    monkeypatch.setattr(records, "new_record", lambda run: new_record(run) | {"started": f"by {next(commands)}"})
     for _ in range(20):
         # an epoch at least is trained each time, and hardly more
         (record,) = resident.train([parts], deadline=time.monotonic() + 0.01)
+        assert record["started"] == "by 0"
         if record["status"] == "done":
             break
         assert record["status"] == "running"
@@ -188,6 +194,37 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, order: str)
     ]
     for key in ("error_last", "error_best", "per_class_error", "ece", "steps"):
         assert record[key] == expected[key]
+    # the times of all parts
+    assert record["seconds"] == pytest.approx(b[-1]["seconds"], abs=0.01) and b[-1]["seconds"] > b[0]["seconds"] > 0
+    steps = np.diff([0, *(row["step"] for row in b)])
+    trained = (steps / [row["images_per_second"] for row in b]).sum()
+    assert record["images_per_second"] == pytest.approx(record["steps"] / trained, rel=0.01)
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+def test_an_epoch_that_would_pass_the_deadline_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes 10 s, and a fifth more is allowed for."""
+    clock, append = Clock(), records.append_metrics
+    monkeypatch.setattr(resident, "time", clock)
+
+    def slow(*given: Any) -> None:
+        append(*given)
+        clock.now += 10
+
+    monkeypatch.setattr(records, "append_metrics", slow)
+    (record,) = resident.train([digits(tmp_path, recipe__epochs=4)], deadline=33.0)
+    assert record["status"] == "running" and 30 < clock.now < 31
+    assert (records.folder_of(digits(tmp_path, recipe__epochs=4)) / "checkpoint.pt").exists()
 
 
 def test_killed_between_the_last_step_and_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,12 +240,14 @@ def test_killed_between_the_last_step_and_the_record(tmp_path: Path, monkeypatch
 
 
 def killed_and_resumed(run: config.Run, command: list[str], waits: list[float]) -> int:
-    """Runs `command`, kill -9 after each of `waits` seconds of training, then to its end; returns how often it hit."""
+    """Runs `command`, kill -9 `waits` seconds after its first checkpoint, then to its end; says how often that hit."""
     folder, hits = records.folder_of(run), 0
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    checkpoint = folder / "checkpoint.pt"
     for wait in waits:
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
             time.sleep(0.01)
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from PIL import Image
 from cbl import class_balanced_weights, config, models, records
 from cbl.data import index
 from cbl.data import streaming as loading
-from cbl.engine import distributed, evaluate, recipe, streaming, synthetic
+from cbl.engine import checkpoint, distributed, evaluate, recipe, streaming, synthetic
 from cbl.engine.distributed import World
 from cbl.engine.tally import Tally
 from cbl.errors import UserError
@@ -410,6 +411,48 @@ def test_stopped_within_an_epoch_and_resumed_ends_with_the_same_bits(
     assert without_times(whole) == without_times(parts)
     for key in ("error_last", "error_top5", "error_best", "per_class_error", "ece"):
         assert record[key] == expected[key]
+
+
+def test_what_would_pass_the_deadline_is_not_begun(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a second, and a fifth more than the last ones took is allowed for the next ones."""
+    clock, learning_rate = SimpleNamespace(now=0.0), recipe.learning_rate
+
+    def step(*given: Any) -> float:
+        clock.now += 1
+        return learning_rate(*given)
+
+    monkeypatch.setattr(streaming, "CHECK_STEPS", 4)
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(recipe, "learning_rate", step)
+    record = streaming.train(settings(prepared, tmp_path), deadline=9.0)
+    assert (record["status"], record["steps"]) == ("running", 8)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "CHECK_STEPS", 4)
+    whole, killed = (settings(prepared, tmp_path / name, engine__micro_batch=4) for name in "ab")
+    streaming.train(whole)
+    save, saved = checkpoint.save, []
+
+    def save_and_stop(*given: Any) -> None:
+        save(*given)
+        saved.append(given)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "save", save_and_stop)
+        streaming.train(killed)
+    drawn, advance = [], streaming.Line.advance
+    monkeypatch.setattr(streaming.Line, "advance", lambda line: drawn.append(line) or advance(line))
+    assert streaming.train(killed)["status"] == "done"
+    assert len(drawn) == 12 - 6  # checkpoints are due at steps 4 and 6
+    a, b = (weights(records.folder_of(run)) for run in (whole, killed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_another_number_of_processes_goes_on_at_the_right_image(

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from cbl import config
 from cbl.data import augment, index, loader_speed, streaming
 from cbl.errors import UserError
 
@@ -170,7 +171,7 @@ def test_statistics_are_the_official_ones():
     assert streaming.STATISTICS["inaturalist2017"] == ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
     assert streaming.STATISTICS["inaturalist2018"] == streaming.STATISTICS["inaturalist2017"]
     assert streaming.STATISTICS["imagenet"] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert set(streaming.STATISTICS) == set(index.NAMES)
+    assert set(streaming.STATISTICS) == set(config.LARGE)
 
 
 # Pixels

@@ -181,6 +181,20 @@ def test_a_table_says_when_its_seeds_share_the_choice_of_images(
     assert ("They share one choice of training images" in tables.build("grid10", made(*ends)).caption) == says
 
 
+def test_runs_of_another_cell_are_never_averaged(made: Any) -> None:
+    """Two of one setting whose names say that they differ in something that the table does not know."""
+    rows = made(*((run("cifar10_lt", 20, "softmax", 0.0, seed), 17.0 + seed) for seed in range(3)))
+    rows.loc[2, "cell"] += "-0123abcd"
+    table = tables.build("grid10", rows)
+    assert at(table.panels[0], "Softmax", "IF 20").values == (17.0, 18.0)
+    assert "1 done run of another `cell` left out: these are never averaged." in table.notes
+
+
+def test_seeds_are_named_in_short_where_they_are_in_a_row() -> None:
+    for seeds, said in (((0,), "0"), ((0, 1, 2), "0,1,2"), (range(20), "0-19"), ((0, 1, 2, 5), "0,1,2,5")):
+        assert tables.seed_words(list(seeds)) == said
+
+
 def test_other_settings_stay_out_of_a_cell(made: Any) -> None:
     official = [(run("cifar10_lt", 100, "softmax", 0.9, seed), 30.0 + seed) for seed in (0, 1)]
     others = [

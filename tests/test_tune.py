@@ -124,7 +124,7 @@ def is_sound() -> None:
     x = torch.randn(5, 3, 8, 8).to(memory_format=torch.channels_last)
     tune._model, tune._images, tune.APART = lambda *_: model, lambda *_: x, {"fp32": tune.APART["fp32"]}
     tiles = {entry: tile for entry, tile in TILES.items() if entry[1][0] != 1}
-    sound = tune.Sound(argparse.Namespace(batch_size=5), tiles)
+    sound = tune.Sound(argparse.Namespace(batch_size=5), tiles, lambda: None)
     other = {entry: max(tune.shapes(entry, tile), key=lambda t: (t[1], -t[2])) for entry, tile in tiles.items()}
     assert sound(tiles | other)
     entry = ("BACKWARD_WEIGHT", (16, 16))
@@ -152,18 +152,33 @@ def test_what_wins_starts_in_every_dtype() -> None:
                 raise OutOfResources(262144, 232448, "shared memory")
             return [torch.ones(4) * (1 + apart[0] * (self.dtype == "tf32"))]
 
-    fails, apart = [""], [0.0]
+    fails, apart, looks = [""], [0.0], list[int]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "_passes", Passes)
         patch.setattr(tune, "_take", lambda tiles: None)
-        sound = tune.Sound(tune.parse(["--depth", "20"]), {})
+        sound = tune.Sound(tune.parse(["--depth", "20"]), {}, lambda: looks.append(len(tried)))
         assert sound({}) and sorted(tried) == sorted(2 * ["bf16", "tf32", "fp32"])
+        assert looks == [3, 4, 5]  # at the clock, before each dtype is compiled
         apart[0] = 0.5
         assert not sound({})
         apart[0], fails[0] = float("nan"), ""
         assert not sound({})
         apart[0], fails[0] = 0.0, "tf32"
         assert not sound({})
+
+
+@pytest.mark.parametrize(
+    ("error", "fits"), [(RuntimeError("PassManager::run failed"), False), (RuntimeError("CUDA error"), None)]
+)
+def test_a_tile_at_which_the_compiler_gives_up_does_not_fit(error: RuntimeError, fits: bool | None) -> None:
+    def passes() -> None:
+        raise error
+
+    if fits is None:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            tune._try(passes)
+    else:
+        assert tune._try(passes) is fits
 
 
 def test_a_shape_is_judged_with_the_best_rounds() -> None:
@@ -229,7 +244,7 @@ def search_without_a_gpu(end: str) -> None:
     tune.choose_device = lambda engine: torch.device("cuda")
     tune.torch.cuda.get_device_name = lambda: "made up"
     tune.Stopwatch = lambda given: stopwatch
-    tune.Sound = lambda given, first: lambda tiles: True
+    tune.Sound = lambda *_: lambda tiles: True
     tune.concurrent.futures.ProcessPoolExecutor = concurrent.futures.ThreadPoolExecutor
     tune._compile = lambda work: None
     tune.main(["--budget", "2"] if end == "budget" else [])
@@ -260,7 +275,7 @@ def test_a_tile_is_timed_and_one_that_does_not_fit_is_passed_over() -> None:
         too_large = {("FORWARD", (64, 64)): (512, 256, 64, 4, 4)}
         assert stopwatch(tiles | too_large) is None
         assert 0 < stopwatch(tiles) < 100
-        sound = tune.Sound(given, tiles)
+        sound = tune.Sound(given, tiles, lambda: None)
         assert sorted(sound.expected) == sorted(tune.APART) and sound(tiles) and not sound(tiles | too_large)
         other = {entry: min(tune.shapes(entry, tile)) for entry, tile in tiles.items()}
         assert sound(tiles | other)

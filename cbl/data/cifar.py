@@ -12,6 +12,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ KEYS = {
 }
 
 _TIMEOUT = 15  # seconds without an answer or a byte
+_in_vain: dict[tuple[str, Path], tuple[float, str]] = {}  # address, folder -> when to try again, why it failed
 _CHUNK = 1 << 20  # bytes
 
 
@@ -128,7 +130,7 @@ def _batches(key: str, root: Path) -> tuple[_Batch, _Batch, dict[bytes, Any]]:
 def _ensure(archive: Archive, root: Path, download: bool) -> None:
     """Every file of the archive is there, or `UserError`."""
     if download and _missing(archive, root):
-        _fetch(archive, root)
+        _fetch_unless_in_vain(archive, root)
     if missing := _missing(archive, root):
         raise UserError(
             f"{archive.title} is not complete under {root}: looked for {missing[0]}"
@@ -157,7 +159,7 @@ def _read_file(archive: Archive, root: Path, name: str) -> dict[bytes, Any]:
     path = root / archive.folder / name
     try:
         with open(path, "rb") as handle:
-            md5 = hashlib.file_digest(handle, _md5).hexdigest()
+            md5 = hashlib.file_digest(handle, disk.md5).hexdigest()
             if md5 != archive.files[name]:
                 raise UserError(
                     f"{path} is damaged: its md5 is {md5}, the published one {archive.files[name]}; delete it and run "
@@ -167,10 +169,6 @@ def _read_file(archive: Archive, root: Path, name: str) -> dict[bytes, Any]:
             return _Unpickler(handle, encoding="bytes").load()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-
-
-def _md5() -> "hashlib._Hash":
-    return hashlib.md5(usedforsecurity=False)  # the published sums are md5; hardened systems allow it only like this
 
 
 class _Unpickler(pickle.Unpickler):
@@ -187,6 +185,23 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"a CIFAR file has no business with {module}.{name}")
         return self._ALLOWED[module, name]
+
+
+def _fetch_unless_in_vain(archive: Archive, root: Path) -> None:
+    """A download that failed is not tried again before ten times the seconds that it took, a minute at most.
+
+    Of a sweep without network the runs would else wait one after the other, and those beside them with each.
+    """
+    now = time.monotonic()
+    until, why = _in_vain.get((archive.url, root), (0.0, ""))
+    if now < until:
+        raise UserError(why)
+    try:
+        _fetch(archive, root)
+    except UserError as error:
+        ended = time.monotonic()
+        _in_vain[archive.url, root] = ended + min(60, 10 * (ended - now)), str(error)
+        raise
 
 
 def _fetch(archive: Archive, root: Path) -> None:
@@ -224,7 +239,7 @@ def _download(archive: Archive, path: Path) -> None:
     def tell(text: str, end: str = "") -> None:
         print(text, end=end, file=sys.stderr, flush=True)
 
-    md5, done, told = _md5(), 0, 0
+    md5, done, told = disk.md5(), 0, 0
     with urllib.request.urlopen(archive.url, timeout=_TIMEOUT) as response, open(path, "wb") as out:
         size = int(response.headers.get("Content-Length") or 0)  # bytes
         tell(f"Downloading {archive.url}" + (f" ({size / 1e6:.0f} MB):" if size else ""))

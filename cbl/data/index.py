@@ -26,7 +26,6 @@ import numpy as np
 from cbl import disk
 from cbl.errors import UserError
 
-NAMES = ("inaturalist2017", "inaturalist2018", "imagenet")
 SPLITS = ("train", "val")
 
 

@@ -1,6 +1,7 @@
 """Short measurements before training, on made-up images of the right shape: how long runs take, how many at once."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -121,21 +122,22 @@ def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], Non
     for run in runs:
         large = run.dataset.name in config.LARGE
         alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
-        choose_device(run.engine)  # what is wrong here or in the next line is so for all runs, and raised
-        n, n_test = (0, 0) if large else _images(run)
+        choose_device(run.engine)  # what is wrong here is so for all runs, and raised
         taken = 0.0
         try:
             if large and alike not in failed:
                 taken = synthetic.seconds(run)  # one after another, each on all devices
-            elif alike not in rates and alike not in failed:
-                rates[alike] = _measure(run, n_test, steps)
+            elif not large and alike not in failed:
+                n, n_test = _images(run)
+                if alike not in rates:
+                    rates[alike] = _measure(run, n_test, steps)
+                per_step, per_test_image = rates[alike]
+                total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
+                epochs = math.ceil(total_steps * run.recipe.batch_size / n)
+                evaluations = math.ceil(epochs / run.engine.eval_every) + 1  # once more for the record
+                taken = (total_steps * per_step + evaluations * n_test * per_test_image) / at_once
         except Exception as error:
             failed[alike] = run, error.with_traceback(None)  # whose frames hold a job's memory
-        if alike in rates:
-            per_step, per_test_image = rates[alike]
-            evaluations = 1 + sum((epoch + 1) % run.engine.eval_every == 0 for epoch in range(run.recipe.epochs))
-            total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
-            taken = (total_steps * per_step + evaluations * n_test * per_test_image) / at_once
         each.append(taken)
     for run, why in failed.values():
         if isinstance(why, UserError) and not any(each):

@@ -64,7 +64,7 @@ class Step:
         device = images.device
         longest = max(longest, 4)  # the warm-up of a capture takes rows too
         self.model, self.loss, self.optimizer, self.scaling = model, loss, optimizer, scaling
-        self.augmented = augmented or self._augmented
+        self.augmented = augmented  # not `or self._augmented`: a cycle would keep the job until Python looks for it
         self.images, self.labels, self.size, self.dtype, self.device = images, labels, size, dtype, device
         self.plan = torch.zeros(longest, 4, batch_size, dtype=torch.int64, device=device)
         self.rates = torch.zeros(longest, device=device)  # learning rate of each row
@@ -91,7 +91,7 @@ class Step:
     def __call__(self) -> None:
         drawn = self.plan.index_select(0, self.at)[0]  # (4, B)
         with precision(self.dtype, self.device):
-            logits = self.model(self.augmented(drawn))  # (B, C)
+            logits = self.model((self.augmented or self._augmented)(drawn))  # (B, C)
             loss = self.loss(logits, self.labels.index_select(0, drawn[0]))
         # autocast is for the forward pass alone; how the products of fp32 are rounded holds for both
         with precision("fp32" if self.dtype == "bf16" else self.dtype, self.device):

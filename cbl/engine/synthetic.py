@@ -1,6 +1,7 @@
 """Large sets without their images: what a run costs on this device, measured on made-up ones of the right shape."""
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -69,7 +70,8 @@ def seconds(run: config.Run) -> float:
     images = PUBLISHED[run.dataset.name].images
     epoch_steps = streaming.data.steps_per_epoch(images["train"], run.recipe.batch_size)
     last_step = min(run.recipe.epochs * epoch_steps, run.engine.max_steps or sys.maxsize)
-    evaluations = 1 + (run.recipe.epochs - 1) // run.engine.eval_every
+    epochs = math.ceil(last_step / epoch_steps)
+    evaluations = math.ceil(epochs / run.engine.eval_every)
     return last_step * run.recipe.batch_size * trained + evaluations * images["val"] * tested
 
 

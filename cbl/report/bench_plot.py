@@ -22,6 +22,7 @@ from cbl.report.figures import BLUE, GREEN, ORANGE, PAGE, RED
 
 BARE, LOADER, EAGER, CAPTURED, LOOP = "bare loop", "DataLoader loop", "step, eager", "step, captured", "training loop"
 NCHW, NO_ONEDNN, OUR_COMPILED = "step, NCHW", "step, no oneDNN", "step, torch.compile"
+SEARCHED = "step, cuDNN search"
 ABOUT = {
     BARE: "forward, loss, backward and torch's SGD on one fixed batch of floats",
     LOADER: "DataLoader, PIL augmentation image by image, NCHW, the loss read at every step, as the ports do",
@@ -29,7 +30,7 @@ ABOUT = {
     CAPTURED: "ours, replayed as one CUDA graph",
     LOOP: "what a run does, but for evaluation and checkpoints: captured on a GPU, eager on the CPU",
     NCHW: "ours with torch's default memory layout in place of channels_last",
-    "step, cuDNN search": "ours, captured, with the convolutions that cuDNN finds fastest by trying",
+    SEARCHED: "ours, captured, with the convolutions that cuDNN finds fastest by trying",
     NO_ONEDNN: "ours with torch's own convolutions on the CPU",
     OUR_COMPILED: "ours with a compiled network, captured on a GPU",
 }
@@ -41,6 +42,7 @@ ABOUT_LARGE = {
     REFERENCE: "torchvision's ResNet-50 and the step of its training reference in channels_last, bf16 by autocast on a "
     "GPU: softmax, torch's SGD with Nesterov momentum, a fixed batch of floats, loss and accuracy not read",
 }
+FUSED_NOT = f"the rows {NCHW}; {SEARCHED}; {OUR_COMPILED}, runs stacked in one network, and the large sets"
 OVERHEAD = 5.0  # percent that our loop may cost over the bare one on the CPU
 TARGETS = {"one run": ("One run", 120_000), "side by side": ("Many runs together", 300_000)}  # images/s on an H200
 TARGETED = {LOOP, "streams, whole runs with evaluation"}
@@ -359,6 +361,8 @@ def markdown(report: dict[str, Any], measured_on_gpu: bool) -> str:
     lines = [f"# Speed on {report['environment']['device']}", "", f"`{report['command']}`"]
     for sentence in sentences(report, measured_on_gpu):
         lines += ["", sentence]
+    if report.get("fused"):  # older reports do not say
+        lines += ["", f"Our steps and runs are in the Triton kernels of `engine.fused=true`, but for {FUSED_NOT}."]
     for table in tables(report):
         lines += ["", f"## {table.title}", "", f"| {' | '.join(table.columns)} |"]
         lines.append(f"| --- |{' ---: |' * (len(table.columns) - 1)}")

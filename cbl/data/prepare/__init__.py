@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbl import disk
+from cbl import disk, records
 from cbl.data import index
 from cbl.data.index import Index
 from cbl.data.prepare import archives, imagenet, images, inaturalist
@@ -92,7 +92,7 @@ def prepare(
     workers: int | None = None,  # threads; None: one per core
     published: Published | None = None,  # None: what `PUBLISHED` says
 ) -> dict[str, Index]:
-    """Prepares the set `name` (one of `index.NAMES`) under `root / name` and returns its indices by split.
+    """Prepares the set `name` (one of `config.LARGE`) under `root / name` and returns its indices by split.
 
     Raises `UserError` for archives that are missing or not the published ones, for counts and an imbalance factor
     that are not those of the paper's Table 1, for an image that cannot be read, and when `root / name` was prepared
@@ -170,16 +170,10 @@ def _check_settings(folder: Path, settings: dict[str, int | None]) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """In this block no other process prepares `folder`; the lock goes with the process, however it ends."""
-    with disk.writing(folder, "choose another root"):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
-    with handle:
-        if not disk.lock(handle, folder, "root"):
+    """In this block no other process prepares `folder`."""
+    with records.lock(folder, "root") as mine:
+        if not mine:
             raise UserError(f"Another process is preparing {folder}: wait for it.")
-        with disk.writing(folder, "choose another root"):
-            for half_written in folder.glob("*.tmp"):  # of a call that was killed
-                half_written.unlink()
         yield
 
 

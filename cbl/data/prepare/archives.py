@@ -1,7 +1,6 @@
 """The published archives: what is missing, fetching it, and reading what is there without trusting a path in it."""
 
 import contextlib
-import hashlib
 import http.client
 import os
 import shutil
@@ -144,7 +143,7 @@ def _verify(archive: Archive, path: Path) -> None:
     seen = f"{archive.md5} {status.st_size} {status.st_mtime_ns}\n"
     if stamp.exists() and stamp.read_text() == seen:
         return
-    tick, md5, done = ticker(f"Checking {path.name}", status.st_size / 1e6, "MB"), _md5(), 0
+    tick, md5, done = ticker(f"Checking {path.name}", status.st_size / 1e6, "MB"), disk.md5(), 0
     with reading(path), open(path, "rb") as handle:
         while chunk := handle.read(_CHUNK):
             md5.update(chunk)
@@ -157,10 +156,6 @@ def _verify(archive: Archive, path: Path) -> None:
         )
     with contextlib.suppress(OSError):  # archives may lie where nothing can be written
         stamp.write_text(seen)
-
-
-def _md5() -> "hashlib._Hash":
-    return hashlib.md5(usedforsecurity=False)  # the published sums are md5; hardened systems allow it only like this
 
 
 def _fetched(archive: Archive, folder: Path) -> bool:
