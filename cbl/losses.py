@@ -139,6 +139,9 @@ class ClassBalancedLoss(nn.Module):
 
     def _check(self, logits: Tensor, target: Tensor) -> None:
         classes = len(self.weights)
+        for name, given in (("logits", logits), ("target", target)):
+            if not isinstance(given, Tensor):
+                raise ValueError(f"{name} must be a tensor, got a {type(given).__name__}; torch.as_tensor makes one.")
         if logits.ndim != 2 or logits.shape[1] != classes:
             raise ValueError(
                 f"logits must have shape (batch, {classes}), one column per class count, got {tuple(logits.shape)}."
@@ -149,6 +152,8 @@ class ClassBalancedLoss(nn.Module):
             raise ValueError(
                 f"target must have shape ({logits.shape[0]},), one class index per sample, got {tuple(target.shape)}."
             )
+        if not logits.is_floating_point():
+            raise ValueError(f"logits must be floating point, got {logits.dtype}.")
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise ValueError(f"target must hold integer class indices, got {target.dtype}.")
         if logits.device != self.weights.device:
@@ -183,7 +188,7 @@ def _checked_counts(counts: Sequence[int] | Tensor) -> Tensor:
         if hasattr(counts, "tolist") and not isinstance(counts, Tensor):
             counts = counts.tolist()
         checked = torch.as_tensor(counts, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"counts must be a flat list of whole numbers, one per class, got {counts!r}.") from error
     if checked.ndim != 1 or len(checked) == 0:
         raise ValueError(f"counts must be a flat list, one per class, got shape {tuple(checked.shape)}.")

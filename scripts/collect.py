@@ -12,10 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import checkout  # noqa: F401
+from command_line import one_line
 
 from cbl import store
-from cbl.errors import UserError
 
 
 def main() -> None:
@@ -40,8 +39,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ def one_line() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         _leave(str(error))
     except _of_hydra() as error:
@@ -38,16 +41,31 @@ def one_line() -> Iterator[None]:
         if not (sentence := _of_plain_error(str(error))):
             raise
         _leave(sentence)
+    except BrokenPipeError:
+        if not _nobody_reads():  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written fails no more
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        _leave("Interrupted; the same command goes on from the last checkpoint.", status=130)
+        _leave("Interrupted; to go on give the same command again.", status=130)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose other end is closed, as by `head`."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in pipe.poll(0))
 
 
 def flags_first() -> None:
     """Lets -m stand anywhere in the command; Hydra's parser wants all overrides on one side of it.
 
-    Refuses several named sweeps, of which Hydra would run none.
+    Refuses several named sweeps, of which Hydra would run none, and a launcher without -m, which it would not ask.
     """
+    sweep = {"-m", "--multirun"} & {*sys.argv[1:]}
     for argument in sys.argv[1:]:
+        if argument.startswith("hydra/launcher=") and not sweep:
+            raise UserError(f"{argument} takes effect in a sweep alone: add -m.")
         if argument.startswith("sweep=") and "," in argument:
             one, *_ = argument.removeprefix("sweep=").split(",")
             raise UserError(f"{argument} names several sweeps: give a command one, such as sweep={one}.")
@@ -87,8 +105,9 @@ def _sentence(error: Exception) -> str:
     if found := re.search(r"Could not find '([\w./]+)'\s+Available options in '([\w/]+)':((?:\n\t.*)+)", text):
         group, option = found[2], found[1].removeprefix(found[2] + "/")
         return f"Unknown {group} '{option}'{config.nearest(option, found[3].split())}"
-    if found := re.search(r"LexerNoViableAltException: (\S+?)=(.*)\n", text):
-        return f"Hydra reads {found[1]}={found[2]} only with its value in quotes: '{found[1]}=\"{found[2]}\"'."
+    key, given, value = str(getattr(error, "override", None) or "").partition("=")
+    if given:  # it cannot be parsed: a path with (, [, = or ' in it
+        return f"Hydra reads {key}={value} only with its value in quotes: '{key}=\"{value}\"'."
     return " ".join(text.split())
 
 

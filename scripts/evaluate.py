@@ -11,12 +11,11 @@ not done is evaluated at its last checkpoint. All errors and confidences are in 
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import checkout  # noqa: F401
+from command_line import one_line
 
 from cbl import config, records
 from cbl.errors import UserError
@@ -325,8 +324,5 @@ def span(counts: Iterable[int]) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

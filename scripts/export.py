@@ -7,12 +7,9 @@ Nothing is sent anywhere. What the two files hold is described in cbl/export.py;
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-import checkout  # noqa: F401
-
-from cbl.errors import UserError
+from command_line import one_line
 
 
 def main() -> None:
@@ -40,8 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

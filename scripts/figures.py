@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import output_folder, results_folder
+from command_line import one_line, output_folder, results_folder
 from matplotlib.figure import Figure
 
 from cbl import disk, store
@@ -115,6 +115,10 @@ def main() -> None:
     found = store.read_folders([arguments.runs]) if arguments.runs else store.load(results_folder(arguments.results))
     for warning in found.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
+    if passed := figures.passed_over(found.runs):
+        gammas = ", ".join(f"{gamma:g}" for _, gamma in figures.LOSSES if gamma)
+        betas = ", ".join(f"{beta:g}" for beta in figures.BETAS)
+        print(f"Not in the figures: {passed} done runs; they show γ {gammas} and β {betas} alone.", file=sys.stderr)
     out = output_folder(arguments.out or (Path("outputs/figures") if arguments.runs else arguments.results / "figures"))
     for name in arguments.names or FIGURES:
         figure = FIGURES[name].draw(found)
@@ -129,8 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

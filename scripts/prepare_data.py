@@ -10,10 +10,9 @@ again at any time. What is written is described in cbl/data/index.py.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-import checkout  # noqa: F401
+from command_line import one_line
 
 from cbl import config
 from cbl.data import prepare
@@ -52,11 +51,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import output_folder, results_folder
+from command_line import one_line, output_folder, results_folder
 
 from cbl import disk, store
 from cbl.errors import UserError
@@ -82,8 +82,5 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

@@ -99,6 +99,8 @@ def main() -> int:
     asked = arguments()
     if any(word.lstrip("+").startswith("output_dir=") for word in asked.set):
         raise UserError("--set output_dir=… would part the runs from the table: give the folder of the runs as --runs.")
+    if any(word.lstrip("+").startswith("seed=") for word in asked.set):
+        raise UserError("--set seed=… is not for a table: give its seeds as --seeds (make: SEEDS=).")
     pairs = plan_pairs(asked.table, asked.seeds, [f"engine.device={asked.device}", *asked.set])
     one_in_a_place(pairs)
     planned = distinct(run for run, _ in pairs)
@@ -169,10 +171,18 @@ def render(
 
 
 def one_in_a_place(pairs: Sequence[tuple[config.Run, config.Run]]) -> None:
-    """Raises `UserError` when --set makes several runs of one of the table's."""
+    """Raises `UserError` when --set makes several runs of one of the table's, or one of several cells."""
     found: dict[tuple[str, str], str] = {}
+    cells: dict[str, tuple[Any, ...]] = {}
     for run, official in pairs:
-        name = config.run_id(run)
+        name, record = config.run_id(run), records.new_record(official)
+        # not the other columns: of an ablation, what is changed may be what --set changes everywhere
+        cell = tuple(record[key] for key in ("dataset", "imbalance_factor", "loss", "gamma", "beta"))
+        if cells.setdefault(name, cell) != cell:
+            raise UserError(
+                f"--set makes one run of several cells of the table ({name}): leave out what they differ in, or train "
+                "that run with python scripts/train.py."
+            )
         if found.setdefault((config.run_id(official), run.engine.dtype), name) != name:
             raise UserError(
                 f"--set makes several runs of one of the table's ({config.run_id(official)}): give one value for each "
@@ -253,4 +263,5 @@ def seed_list(text: str) -> list[int]:
 
 if __name__ == "__main__":
     with one_line():
-        sys.exit(main())
+        status = main()
+    sys.exit(status)

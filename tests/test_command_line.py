@@ -68,6 +68,9 @@ WRONG = [
         "dataset.root=~/images",
         r"Hydra reads dataset.root=~/images only with its value in quotes: 'dataset.root=\"~/images\"'\.",
     ),
+    ("output_dir=/a=b", r"Hydra reads output_dir=/a=b only with its value in quotes: 'output_dir=\"/a=b\"'\."),
+    ("output_dir=/x(1)", r"Hydra reads output_dir=/x\(1\) only with its value in quotes: .*"),
+    ("hydra/launcher=submitit_local", r"hydra/launcher=submitit_local takes effect in a sweep alone: add -m\."),
     ("output_dir=/größe", r"Hydra reads output_dir=/größe only with its value in quotes: .*"),
     ("sweep=beta,imbalance", r"sweep=beta,imbalance names several sweeps: give a command one, such as sweep=beta\."),
     ("loss.beta", r".*'loss.beta'.*"),
@@ -246,6 +249,20 @@ def test_a_wrong_command_line_is_answered_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPT.parent.parent)
 
 
+@pytest.mark.parametrize("lines", [0, 1])
+def test_who_reads_no_further_sees_no_trace(tmp_path: Path, lines: int) -> None:
+    """As `| head -1`."""
+    figures = ["fig3", "fig4", "fig6"][: 1 + 2 * lines]
+    command = [sys.executable, "scripts/figures.py", *figures, "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=SCRIPT.parent.parent, env=environment, **pipes) as drawn:
+        for _ in range(lines):
+            assert drawn.stdout.readline().startswith("fig3: ")
+        drawn.stdout.close()
+        assert drawn.stderr.read() == "" and drawn.wait() == 141
+
+
 def test_the_bench_runs_without_hydra() -> None:
     """As on a machine that is lent for an hour and has torch alone."""
     code = (
@@ -310,6 +327,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     finally:
         training.kill()  # it would train for hours
     assert training.returncode == 130 and "Traceback" not in err
-    assert err.splitlines()[-1] == "Interrupted; the same command goes on from the last checkpoint."
+    assert err.splitlines()[-1] == "Interrupted; to go on give the same command again."
     (folder,) = (tmp_path / "outputs" / "runs").iterdir()
     assert (folder / "checkpoint.pt").exists() and records.read_record(folder)["status"] == "running"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cbl import config, data, longtail
+from cbl import config, data
 from cbl.data import folder
 from cbl.errors import UserError
 
@@ -118,8 +118,24 @@ def test_as_it_is_keeps_every_image(tmp_path):
     d = data.load(dataset(tree(tmp_path, {"a": 2, "b": 7, "c": 1}, {"a": 1, "b": 1, "c": 1})))
     assert d.counts.tolist() == [2, 7, 1] and d.counts.dtype == np.int64
     assert d.subset.tolist() == d.record_order.tolist() == list(range(10))
-    assert d.subset_hash == longtail.subset_hash(np.arange(10))
     assert d.class_names == ("a", "b", "c") and d.train_images.shape[1:] == (8, 8, 3)
+
+
+def test_other_images_of_the_same_names_are_told_apart(tmp_path):
+    hashes = []
+    for number, (train, test) in enumerate(((0, 0), (0, 0), (0, 9), (9, 0))):
+        root = tree(tmp_path / f"{number}", {"a": 2, "b": 1}, {"a": 1, "b": 1})
+        for split, seed in (("train", train), ("test", test)):
+            if seed:
+                Image.fromarray(picture(seed)).save(root / split / "a" / "000.png")
+        hashes.append(data.load(dataset(root)).subset_hash)
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_an_imbalance_factor_that_does_not_suit_is_refused_with_the_smallest_class(tmp_path):
+    root = tree(tmp_path, {"a": 9, "b": 2}, {"a": 1, "b": 1})
+    with pytest.raises(UserError, match=r"factor=10 .*starts at the size of the smallest class, 'b'; null takes all"):
+        data.load(dataset(root, 10.0))
 
 
 def test_a_made_tail_starts_at_the_smallest_class_in_name_order(tmp_path):

@@ -492,6 +492,21 @@ def test_the_published_training_curves_are_those_that_the_readme_speaks_of():
     assert "CIFAR-10 at imbalance factor 200 shows why" in said and "`results/figures/training_curves.png`" in said
 
 
+def test_what_no_figure_shows_is_counted():
+    runs = [run(beta=0.5), run(kind="focal", gamma=3.0), run(seed=1), run(beta=0.9)]
+    assert figures.passed_over(frame(runs)) == 2 and figures.passed_over(store.load(ROOT / "results").runs) == 0
+
+
+def test_a_single_evaluation_is_a_mark():
+    curves = pd.DataFrame([("a", 1.0, 30.0), ("b", 1.0, 32.0)], columns=["run_id", "epoch", "test_error"])
+    (ax,) = [Figure().subplots()]
+    figures._over_epochs(ax, curves, [{"run_id": "a"}, {"run_id": "b"}], "test_error", color=figures.RED)
+    assert ax.get_lines()[0].get_marker() == "o"
+    later = pd.concat([curves, curves.assign(epoch=2.0)])
+    figures._over_epochs(ax, later, [{"run_id": "a"}], "test_error", color=figures.RED)
+    assert ax.get_lines()[-1].get_marker() == "None"
+
+
 def test_detail_curves_compare_pairs_of_runs_alone():
     focal = {"kind": "focal", "gamma": 1.0}
     rows = [run(seed=seed, **focal) for seed in (0, 1, 2)]  # the last one has no partner

@@ -139,6 +139,26 @@ def test_a_table_shows_what_else_it_has_places_for(monkeypatch: pytest.MonkeyPat
     assert "40 epochs" in shown.caption and {len(cell.values) for cell in shown.cells()} == {1}
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("seed=3", r"^--set seed=… is not for a table: give its seeds as --seeds"),
+        ("loss.beta=0.5", r"^--set makes one run of several cells of the table \(digits_lt-if100-softmax-b0\.5-s0-"),
+        ("loss=sigmoid", r"^--set makes one run of several cells of the table"),
+        ("dataset.imbalance_factor=20", None),
+    ],
+)
+def test_one_run_has_one_place_in_a_table(monkeypatch: pytest.MonkeyPatch, word: str, says: str | None) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--dry", "--seeds", "0", "--set", word])
+    if says:
+        with pytest.raises(UserError, match=says):
+            reproduce_table.main()
+    else:
+        reproduce_table.one_in_a_place(reproduce_table.plan_pairs("digits", [0], [word]))
+        # what is changed in a row of the table may be what is changed in all
+        reproduce_table.one_in_a_place(reproduce_table.plan_pairs("ablation", [0], ["model.prior_bias=false"]))
+
+
 def test_several_values_of_a_key_are_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["", "--dry", "--seeds", "0", "--set", "recipe.epochs=1,2"])
     with pytest.raises(

@@ -392,6 +392,9 @@ def test_a_done_run_is_refused_for_other_images_in_the_folder(tmp_path: Path) ->
                 "run afresh."
             )
         assert (name / "result.json").read_bytes() == kept
+    Image.fromarray(np.full((8, 8, 3), 250, dtype=np.uint8)).save(root / "test/a/3.png")
+    assert "trained on other images than" in again()["failure"]
+    Image.fromarray(np.full((8, 8, 3), 60, dtype=np.uint8)).save(root / "test/a/3.png")
     root.rename(tmp_path / "elsewhere")
     assert again()["skipped"] == "done before"
     root.mkdir()  # where a disk was mounted

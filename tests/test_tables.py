@@ -347,7 +347,7 @@ def test_moved_drops_are_rows_and_their_spread_a_sentence(made: Any, nothing: pd
     assert readme._moved(tables.build("drop", nothing)) == []
 
 
-def test_digits_show_the_configuration_that_most_runs_have(made: Any) -> None:
+def test_digits_show_the_embedded_configuration_or_that_of_most_runs(made: Any) -> None:
     ends = [
         (run("digits_lt", 100, "softmax", beta, seed, **SHORT), 25.0 - 50 * beta)
         for beta in (0, 0.9)
@@ -360,6 +360,10 @@ def test_digits_show_the_configuration_that_most_runs_have(made: Any) -> None:
     assert table.caption.startswith("ResNet-8, 60 epochs, recipe.batch_size=64 recipe.milestones=[48.0].")
     assert "1 done run with another network or schedule left out." in table.notes
     assert not table.panels[0].with_paper
+    [official] = reproduce_table.plan("digits", [0], ["engine.dtype=fp32"])[:1]
+    table = tables.build("digits", made(*ends, (official, 20.0)))  # one is enough
+    assert at(table.panels[0], "Softmax", "β 0").values == (20.0,)
+    assert "5 done runs with another network or schedule left out." in table.notes
 
 
 def test_table1_computes_what_the_paper_has(nothing: pd.DataFrame) -> None:

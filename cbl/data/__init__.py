@@ -28,6 +28,7 @@ class Source:
     test_labels: torch.Tensor  # (T,) int64
     class_names: tuple[str, ...]  # by label
     train_file: np.ndarray  # (M,) int64, number of the source file that an image came from: 0 to 4 on CIFAR-10, else 0
+    content: str = ""  # hash of images and labels, where they are not those of published files
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Data:
     test_labels: torch.Tensor  # (T,) int64
     class_names: tuple[str, ...]
     counts: np.ndarray  # (C,) int64, kept training images per class
-    subset_hash: str
+    subset_hash: str  # with the source's `content`
     record_order: np.ndarray  # (N,) int64, positions in `subset` in the order of the official record file
 
 
@@ -64,7 +65,11 @@ def load(dataset: config.Dataset) -> Data:
         try:
             counts = longtail.class_counts(num_classes, factor, int(available.min()))
         except ValueError as error:
-            raise UserError(f"dataset.imbalance_factor={factor:g} does not suit {dataset.name}: {error}") from None
+            why = f"dataset.imbalance_factor={factor:g} does not suit {dataset.name}: {error}"
+            if dataset.name == "folder":
+                smallest = source.class_names[int(available.argmin())]
+                why += f" The tail starts at the size of the smallest class, '{smallest}'; null takes all as they are."
+            raise UserError(why) from None
         subset = longtail.draw_subset(labels, counts, dataset.subset_seed)
     return Data(
         name=dataset.name,
@@ -75,7 +80,7 @@ def load(dataset: config.Dataset) -> Data:
         test_labels=source.test_labels,
         class_names=source.class_names,
         counts=counts,
-        subset_hash=longtail.subset_hash(subset),
+        subset_hash=longtail.subset_hash(subset, source.content),
         record_order=_record_order(labels[subset], source.train_file[subset], balanced=factor == 1),
     )
 

@@ -5,6 +5,7 @@ head. Files and folders whose name starts with a dot are ignored; every other fi
 """
 
 import functools
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def _read(root: Path, image_size: int) -> Source:
         raise UserError(f"{root / 'train'} holds one class alone, '{names[0]}': at least two are needed.")
     train_images, train_labels = _images(root / "train", names, image_size)
     test_images, test_labels = _images(root / "test", names, image_size)
+    content = hashlib.sha256()
+    for tensor in (train_images, train_labels, test_images, test_labels):
+        content.update(tensor.numpy().data)
     return Source(
         train_images=train_images,
         train_labels=train_labels,
@@ -46,6 +50,7 @@ def _read(root: Path, image_size: int) -> Source:
         test_labels=test_labels,
         class_names=tuple(names),
         train_file=np.zeros(len(train_labels), dtype=np.int64),
+        content=content.hexdigest(),
     )
 
 

@@ -8,6 +8,8 @@ import torch
 from cbl import longtail
 from cbl.engine.step import Scaling, precision
 
+BINS = 15  # of the confidence, for the calibration
+
 
 @torch.no_grad()
 def predict(model: torch.nn.Module, images: torch.Tensor, scaling: Scaling, batch: int, dtype: str) -> torch.Tensor:
@@ -30,8 +32,8 @@ def confusion(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.bincount(target * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
 
 
-def calibration(logits: torch.Tensor, target: torch.Tensor, bins: int = 15) -> dict[str, list[float] | float]:
-    """Reliability of the softmax of the logits in equal-width bins of the confidence.
+def calibration(logits: torch.Tensor, target: torch.Tensor) -> dict[str, list[float] | float]:
+    """Reliability of the softmax of the logits in `BINS` equal-width bins of the confidence.
 
     Returns `ece`, the expected calibration error in percent (mean |accuracy - confidence| weighted by the bins'
     shares), and per bin `confidence`, `accuracy` (both in percent, 0 where the bin is empty) and `count`. For
@@ -39,12 +41,12 @@ def calibration(logits: torch.Tensor, target: torch.Tensor, bins: int = 15) -> d
     """
     confidence, predicted = logits.double().softmax(1).max(1)  # (N,)
     hit = (predicted == target).double()
-    # bins are (k/bins, (k+1)/bins], the first one closed at 0
-    number = (torch.ceil(confidence * bins) - 1).clamp(0, bins - 1).long()
-    count = torch.bincount(number, minlength=bins)
+    # bins are (k/BINS, (k+1)/BINS], the first one closed at 0
+    number = (torch.ceil(confidence * BINS) - 1).clamp(0, BINS - 1).long()
+    count = torch.bincount(number, minlength=BINS)
     held = count.clamp(min=1)
-    mean_confidence = torch.bincount(number, confidence, minlength=bins) / held
-    mean_hit = torch.bincount(number, hit, minlength=bins) / held
+    mean_confidence = torch.bincount(number, confidence, minlength=BINS) / held
+    mean_hit = torch.bincount(number, hit, minlength=BINS) / held
     gap = (mean_confidence - mean_hit).abs() * count / len(target)
     return {
         "ece": 100 * gap.sum().item(),
@@ -68,9 +70,9 @@ def measure(logits: torch.Tensor, target: torch.Tensor, counts: np.ndarray) -> d
         "error_last": error(logits, target),
         "per_class_error": per_class.tolist(),
         "groups": rule,
-        "group_classes": {name: np.asarray(classes).tolist() for name, classes in groups.items()},
+        "group_classes": {name: classes.tolist() for name, classes in groups.items()},
         **{
-            f"error_{name}": per_class[torch.as_tensor(np.asarray(classes))].mean().item() if len(classes) else None
+            f"error_{name}": per_class[torch.from_numpy(classes)].mean().item() if len(classes) else None
             for name, classes in groups.items()
         },
         "ece": calibration(logits, target)["ece"],

@@ -4,7 +4,7 @@ An epoch here is `images seen / N` with true division, so a batch may cross the 
 code. Steps count from 0 and every function speaks of the state before the update.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from cbl import config
 from cbl.data.augment import draw_augmentation
+from cbl.errors import UserError
 
 
 def total_steps(recipe: config.Recipe, n_train: int) -> int:
@@ -30,6 +31,16 @@ def learning_rate(recipe: config.Recipe, n_train: int, step: int) -> float:
     if epoch < recipe.warmup_epochs:
         return recipe.learning_rate * epoch / recipe.warmup_epochs
     return recipe.learning_rate * recipe.drop ** sum(epoch >= milestone for milestone in recipe.milestones)
+
+
+def refuse_divergence(losses: np.ndarray, rates: Sequence[float] | np.ndarray, first: int) -> None:
+    """Raises `UserError` for a loss (S,) that is no number; of the steps from `first` on, at their learning rates."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        raise UserError(
+            f"The loss became {losses[bad[0]]} at step {first + bad[0]} (learning rate {rates[bad[0]]:.3g}): try a "
+            "lower recipe.learning_rate, a longer recipe.warmup_epochs or engine.dtype=fp32."
+        )
 
 
 def parameter_groups(model: torch.nn.Module, recipe: config.Recipe, kind: str) -> list[dict]:

@@ -270,13 +270,7 @@ def fit(
         trained = time.monotonic() - began
         yield from _wait(evaluated)
         losses = job.step.epoch_losses()
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if len(bad):
-            raise UserError(
-                f"The loss became {losses[bad[0]]} at step {steps.start + bad[0]} (learning rate "
-                f"{rates[bad[0]]:.3g}): try a lower recipe.learning_rate, a longer recipe.warmup_epochs or "
-                "engine.dtype=fp32."
-            )
+        recipe.refuse_divergence(losses, rates, steps.start)
         state["epoch"] += 1
         state["step"] = steps.start + len(plan)
         state["train_seconds"] += trained

@@ -33,8 +33,8 @@ class Scaling:
 
     def __init__(self, images: torch.Tensor | None, device: torch.device) -> None:
         mean, std = augment.channel_statistics(images) if images is not None else (None, None)
-        self.mean = None if mean is None else mean.float().to(device)
-        self.std = None if std is None else std.float().to(device)
+        self.mean = None if mean is None else mean.to(device)
+        self.std = None if std is None else std.to(device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return augment.scale(images, self.mean, self.std)

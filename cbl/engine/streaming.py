@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -377,12 +376,7 @@ def fit(
             late = now + 1.2 * (now - began) >= deadline
             due = now - saved >= run.engine.checkpoint_seconds
             losses, (late, due) = job.step.report(leads and late, leads and due)
-            if bad := np.flatnonzero(~np.isfinite(losses)).tolist():
-                raise UserError(
-                    f"The loss became {losses[bad[0]]} at step {state['step'] - len(losses) + bad[0]} (learning rate "
-                    f"{rates[bad[0]]:.3g}): try a lower recipe.learning_rate, a longer recipe.warmup_epochs or "
-                    "engine.dtype=fp32."
-                )
+            recipe.refuse_divergence(losses, rates, state["step"] - len(losses))
             trained = time.monotonic() - began
             state["train_seconds"] += trained
             state["epoch_loss"] += float(losses.sum())

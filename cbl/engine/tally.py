@@ -8,8 +8,7 @@ from torch import Tensor
 
 from cbl import longtail
 from cbl.engine.distributed import World
-
-BINS = 15  # of the confidence, for the calibration
+from cbl.engine.evaluate import BINS
 
 
 class Tally:

@@ -583,6 +583,8 @@ def head_against_tail(runs: pd.DataFrame) -> Figure | None:
             _, _, marker = LOSSES[setting.loss, setting.gamma]
             many, few = (np.mean([row[f"error_{group}"] for row in rows]) for group in ("many", tail))
             ax.plot(many, few, marker, color=BETAS[setting.beta], markersize=5)
+        ax.set_xlim(right=min(ax.get_xlim()[1], 102))
+        ax.set_ylim(top=min(ax.get_ylim()[1], 102))
         ax.set_title(f"{title}, {_at_factor(factor)}\n{_size(found)}")
         ax.set_xlabel(f"error on {GROUPS[rule, 'many']}, %")
         ax.set_ylabel(f"error on {GROUPS[rule, tail]}, %")
@@ -608,6 +610,12 @@ def _printed(grids: pd.DataFrame) -> dict[Setting, float]:
 def _means(found: Done) -> dict[Setting, float]:
     """Mean test errors of our runs by setting, %."""
     return {setting: float(np.mean([row["error_last"] for row in rows])) for setting, rows in found.items()}
+
+
+def passed_over(runs: pd.DataFrame) -> int:
+    """Done runs with a loss or β that the figures do not show, which are those of the paper."""
+    done = done_runs(runs)
+    return sum(len(rows) for s, rows in done.items() if (s.loss, s.gamma) not in LOSSES or s.beta not in BETAS)
 
 
 def _by_dataset(runs: pd.DataFrame) -> dict[tuple[str, str | None], Done]:
@@ -691,7 +699,7 @@ def _banded(ax: Axes, x: Sequence[float], values: np.ndarray, **look: Any) -> No
     low, high = mean - sd, mean + sd
     if log:
         mean, low, high = np.exp([mean, low, high])
-    ax.plot(x, mean, **look)
+    ax.plot(x, mean, **({"marker": "o"} if len(x) == 1 else {}) | look)
     if np.isfinite(sd).any():
         ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         spread = np.pad(np.isfinite(sd), 1)
