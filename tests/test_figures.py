@@ -549,6 +549,11 @@ def test_the_published_runs_are_as_the_readme_says_of_the_two_costliest_details_
     assert abs(worse("cifar10_lt", "focal", 1.0, 0.9999, tables.NO_PRIOR, 199, 200) - 0.04) < 0.005
     weight_sum = 'loss.reduction="weight_sum"'
     assert abs(worse("cifar10_lt", "focal", 1.0, 0.9999, weight_sum, 199, 200) - 0.68) < 0.005
+    for beta, points in ((0.0, -0.07), (0.9, 0.13)):
+        assert abs(worse("cifar100_lt", "focal", 1.0, beta, "recipe.drop=0.1", 199, 200) - points) < 0.005
+    [*panels] = [panel for panel in tables.build("ablation", published.runs).panels if not panel.apart]
+    changes = [c.mean for p in panels for _, row in p.rows[1:] for c in row if c and c.mean is not None]
+    assert len(changes) == 9 and max(map(abs, changes)) < 1.3
     assert worse("cifar100_lt", "focal", 1.0, 0.0, tables.NO_PRIOR, 0, 30) > 1
     assert abs(worse("cifar100_lt", "focal", 1.0, 0.0, tables.NO_PRIOR, 30, 160)) < 1
     for loss, gamma, beta in (("softmax", None, 0.0), ("focal", 1.0, 0.9)):
