@@ -46,6 +46,7 @@ _SERVICE_GONE = {"BrokenPipeError", "ConnectionResetError", "HandleAbandonedErro
 Mode = Literal["off", "offline", "online"]
 # What each tracking.mode comes to on this machine, found out once per process.
 _modes: dict[str, Mode] = {}
+says_where = True  # of a sweep's processes one alone, or each would say where its pages go
 
 
 class Tracker:
@@ -143,7 +144,7 @@ def _open(run: config.Run, record: dict[str, Any], folder: Path, online: bool, r
         # The service keeps the id of a page that failed; a new one does not, but would end the pages that are open.
         if not online or _setup().most_recent_active_run is not None:
             raise
-        _say(f"W&B: {_reason(error)}; {_offline_note(run)}")
+        _say_where(f"W&B: {_reason(error)}; {_offline_note(run)}")
         _go_offline()
         _forget_service()
         return _open(run, record, folder, online=False, resumed=resumed)
@@ -151,7 +152,7 @@ def _open(run: config.Run, record: dict[str, Any], folder: Path, online: bool, r
     page.define_metric("train/*", step_metric="epoch")
     page.define_metric("test/*", step_metric="epoch")
     if online:
-        _say(f"W&B: {page.project_url}")
+        _say_where(f"W&B: {page.project_url}")
     return page
 
 
@@ -172,7 +173,7 @@ def _find_mode(run: config.Run) -> Mode:
     try:
         import wandb
     except ImportError:
-        _say("W&B: not installed, so no pages are written; `pip install wandb` brings it.")
+        _say_where("W&B: not installed, so no pages are written; `pip install wandb` brings it.")
         return "off"
     if asked == "auto":  # WANDB_MODE, or what `wandb offline` and `wandb disabled` wrote; online when nobody said
         asked = _setup().settings.mode
@@ -188,7 +189,7 @@ def _find_mode(run: config.Run) -> Mode:
     if not trouble and not _answers(host):
         trouble = f"{host} does not answer"
     if trouble:
-        _say(f"W&B: {trouble}; {_offline_note(run)}")
+        _say_where(f"W&B: {trouble}; {_offline_note(run)}")
         return "offline"
     return "online"
 
@@ -238,6 +239,11 @@ def _offline_note(run: config.Run) -> str:
 
 def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _say_where(line: str) -> None:
+    if says_where:
+        _say(line)
 
 
 @functools.cache  # the same line once per process

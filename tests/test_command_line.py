@@ -214,6 +214,15 @@ def test_the_command_itself_and_a_sweep_with_a_bad_job(tmp_path: Path) -> None:
     assert re.search(r"^\[2/2\] ", done.stderr, re.M)
 
 
+def test_of_the_processes_of_a_sweep_one_says_where_pages_go(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "-m", *DIGITS, "tracking=wandb", "seed=0,1,2"]
+    command.remove("tracking=off")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "WANDB_MODE": "online"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr.count("W&B: ") == 1, done.stderr
+
+
 def test_a_sweep_writes_where_its_runs_are_and_nowhere_else(train: Train, tmp_path: Path) -> None:
     (tmp_path / "outputs").write_text("a file, in which no folder can be made")
     words = ["-m", "dataset=folder", "dataset.root=nowhere", "tracking=off", "engine.device=cpu"]
@@ -225,9 +234,6 @@ def test_a_sweep_writes_where_its_runs_are_and_nowhere_else(train: Train, tmp_pa
     assert err == "outputs/runs/.sweeps cannot be written to (Not a directory): choose another output_dir.\n"
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/cmdline").exists() or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
-)
 def test_a_tilde_is_home(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert train(*DIGITS, 'output_dir="~/größe"')[0] == 0
@@ -288,6 +294,9 @@ def test_scripts_take_the_checkout_they_are_in(tmp_path: Path) -> None:
         assert "another one" not in done.stderr, script
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists() or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
+)
 def test_the_processes_of_a_sweep_leave_ctrl_c_to_their_parent_from_their_beginning(tmp_path: Path) -> None:
     """A terminal sends it to all; here to them alone, on and on, while they import torch and while they train."""
     command = [sys.executable, str(SCRIPT), "-m", *DIGITS, "seed=0,1"]

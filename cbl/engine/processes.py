@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cbl import config, records
+from cbl import config, records, tracking
 from cbl.errors import UserError
 
 
@@ -36,7 +36,8 @@ def train(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, record) of each run as it ends. The folders' locks keep others out, as between any two commands."""
     # spawn: a forked child would inherit torch's threads half-alive
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, _begin, (os.getpid(), spawn.Semaphore(1)))
     try:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the new processes too, until `_begin`
         try:
@@ -58,8 +59,9 @@ def train(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, first: "multiprocessing.synchronize.Semaphore") -> None:
     """In a new process: leave Ctrl-C to the parent, and end with it however it ends."""
+    tracking.says_where = first.acquire(block=False)  # for all of them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C that waits is ignored with it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
