@@ -66,12 +66,9 @@ def draw_subset(labels: ArrayLike, counts: ArrayLike, seed: int) -> Indices:
     return np.sort(np.concatenate(kept))
 
 
-def subset_hash(indices: ArrayLike, content: str = "") -> str:
-    """First 16 hex digits of the SHA-256 of the indices as little-endian int64: equal only for the same subset.
-
-    `content` is hashed too; it tells sources apart whose images may change.
-    """
-    return hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes() + content.encode()).hexdigest()[:16]
+def subset_hash(indices: ArrayLike) -> str:
+    """First 16 hex digits of the SHA-256 of the indices as little-endian int64: equal only for the same subset."""
+    return hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def shot_groups(counts: ArrayLike) -> dict[str, Indices]:

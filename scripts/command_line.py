@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,8 +25,10 @@ def one_line() -> Iterator[None]:
     """A user's mistake is printed as one sentence, exit status 2; any other error keeps its trace."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         _leave(str(error))
     except _of_hydra() as error:
@@ -62,9 +65,9 @@ def flags_first() -> None:
 
     Refuses several named sweeps, of which Hydra would run none, and a launcher without -m, which it would not ask.
     """
-    sweep = {"-m", "--multirun"} & {*sys.argv[1:]}
+    asks = ("-m", "--multirun", "sweep=", "+sweep=", "hydra.mode=", "-c", "--cfg", "-i", "--info")  # for a launcher
     for argument in sys.argv[1:]:
-        if argument.startswith("hydra/launcher=") and not sweep:
+        if argument.startswith("hydra/launcher=") and not any(word.startswith(asks) for word in sys.argv[1:]):
             raise UserError(f"{argument} takes effect in a sweep alone: add -m.")
         if argument.startswith("sweep=") and "," in argument:
             one, *_ = argument.removeprefix("sweep=").split(",")
@@ -106,8 +109,10 @@ def _sentence(error: Exception) -> str:
         group, option = found[2], found[1].removeprefix(found[2] + "/")
         return f"Unknown {group} '{option}'{config.nearest(option, found[3].split())}"
     key, given, value = str(getattr(error, "override", None) or "").partition("=")
-    if given:  # it cannot be parsed: a path with (, [, = or ' in it
-        return f"Hydra reads {key}={value} only with its value in quotes: '{key}=\"{value}\"'."
+    # it cannot be parsed: a path with (, [, = or ' in it, not a wrong call of Hydra's range() or a key with a blank
+    if given and re.fullmatch(r"[\w.@/+~]+", key) and not re.match(r"\w+\(.*\)$", value):
+        quoted = shlex.quote(f'{key}="{value}"')
+        return f"Hydra reads {key}={value} only with its value in quotes: {quoted}."
     return " ".join(text.split())
 
 

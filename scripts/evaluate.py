@@ -72,6 +72,8 @@ def evaluate_run(path: Path, device: str, data_root: str | None) -> dict[str, An
     notes = []
     if ready.facts["subset_hash"] != record.get("subset_hash", ready.facts["subset_hash"]):
         notes.append("The training images here are not those of the record; their counts are those found here.")
+    elif ready.facts.get("content_hash") != record.get("content_hash", ready.facts.get("content_hash")):
+        notes.append("Some of the images here are not those of the record.")
     if step < ready.last_step:
         notes.append(f"The run is not done: these are its weights after step {step:,} of {ready.last_step:,}.")
     apart = None if recorded is None else round(abs(error - recorded) * n / 100)

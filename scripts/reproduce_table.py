@@ -177,7 +177,7 @@ def one_in_a_place(pairs: Sequence[tuple[config.Run, config.Run]]) -> None:
     for run, official in pairs:
         name, record = config.run_id(run), records.new_record(official)
         # not the other columns: of an ablation, what is changed may be what --set changes everywhere
-        cell = tuple(record[key] for key in ("dataset", "imbalance_factor", "loss", "gamma", "beta"))
+        cell = tuple(record[key] for key in ("dataset", "imbalance_factor", "model", "loss", "gamma", "beta"))
         if cells.setdefault(name, cell) != cell:
             raise UserError(
                 f"--set makes one run of several cells of the table ({name}): leave out what they differ in, or train "

@@ -70,6 +70,8 @@ WRONG = [
     ),
     ("output_dir=/a=b", r"Hydra reads output_dir=/a=b only with its value in quotes: 'output_dir=\"/a=b\"'\."),
     ("output_dir=/x(1)", r"Hydra reads output_dir=/x\(1\) only with its value in quotes: .*"),
+    ("loss.beta=range()", r".*missing a required argument: 'start'.*"),
+    ("output_dir=it's", r"Hydra reads output_dir=it's only with its value in quotes: 'output_dir=\"it'\"'\"'s\"'\."),
     ("hydra/launcher=submitit_local", r"hydra/launcher=submitit_local takes effect in a sweep alone: add -m\."),
     ("output_dir=/größe", r"Hydra reads output_dir=/größe only with its value in quotes: .*"),
     ("sweep=beta,imbalance", r"sweep=beta,imbalance names several sweeps: give a command one, such as sweep=beta\."),

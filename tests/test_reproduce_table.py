@@ -157,6 +157,8 @@ def test_one_run_has_one_place_in_a_table(monkeypatch: pytest.MonkeyPatch, word:
         reproduce_table.one_in_a_place(reproduce_table.plan_pairs("digits", [0], [word]))
         # what is changed in a row of the table may be what is changed in all
         reproduce_table.one_in_a_place(reproduce_table.plan_pairs("ablation", [0], ["model.prior_bias=false"]))
+        with pytest.raises(UserError, match="makes one run of several cells"):
+            reproduce_table.one_in_a_place(reproduce_table.plan_pairs("3", [0], ["model=resnet50"]))
 
 
 def test_several_values_of_a_key_are_no_table(monkeypatch: pytest.MonkeyPatch) -> None:

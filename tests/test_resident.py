@@ -342,15 +342,20 @@ def test_the_last_run_left_of_many_takes_one_thread_too(tmp_path: Path, monkeypa
     assert given == [(1, runs[1:])]
 
 
-def test_other_images_under_the_same_name_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["subset_hash", "content_hash"])
+def test_other_images_under_the_same_name_are_refused(tmp_path: Path, key: str) -> None:
     run = digits(tmp_path)
     resident.train([run], deadline=time.monotonic() + 0.01)
     path = records.folder_of(run) / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
-    content["state"]["subset_hash"] = "0000"
+    content["state"][key] = "0000"
     torch.save(content, path)
     (record,) = resident.train([run])
-    assert record["status"] == "failed" and "other images" in record["failure"]
+    assert record["status"] == "failed" and f"other images ({key} was 0000, now " in record["failure"]
+    del content["state"]["content_hash"]  # as one that was begun before there was such a key
+    content["state"]["subset_hash"] = record["subset_hash"]
+    torch.save(content, path)
+    assert resident.train([run])[0]["status"] == "done"
 
 
 def test_a_done_run_is_refused_for_other_images_in_the_folder(tmp_path: Path) -> None:

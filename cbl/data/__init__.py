@@ -43,7 +43,8 @@ class Data:
     test_labels: torch.Tensor  # (T,) int64
     class_names: tuple[str, ...]
     counts: np.ndarray  # (C,) int64, kept training images per class
-    subset_hash: str  # with the source's `content`
+    subset_hash: str
+    content: str  # as of the source
     record_order: np.ndarray  # (N,) int64, positions in `subset` in the order of the official record file
 
 
@@ -80,7 +81,8 @@ def load(dataset: config.Dataset) -> Data:
         test_labels=source.test_labels,
         class_names=source.class_names,
         counts=counts,
-        subset_hash=longtail.subset_hash(subset, source.content),
+        subset_hash=longtail.subset_hash(subset),
+        content=source.content,
         record_order=_record_order(labels[subset], source.train_file[subset], balanced=factor == 1),
     )
 

@@ -35,6 +35,7 @@ def made_up(classes: int, counts: np.ndarray, n_test: int, shape: tuple[int, int
         class_names=tuple(map(str, range(classes))),
         counts=counts,
         subset_hash="",
+        content="",
         record_order=np.arange(n),
     )
 
@@ -120,24 +121,28 @@ def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], Non
     failed: dict[tuple, tuple[config.Run, Exception]] = {}
     each = []
     for run in runs:
-        large = run.dataset.name in config.LARGE
         alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
         choose_device(run.engine)  # what is wrong here is so for all runs, and raised
         taken = 0.0
+        part: tuple = (run.dataset,)  # those that fail with this one: of its images, then of its shape
         try:
-            if large and alike not in failed:
-                taken = synthetic.seconds(run)  # one after another, each on all devices
-            elif not large and alike not in failed:
+            if run.dataset.name in config.LARGE:
+                part = alike
+                if part not in failed:
+                    taken = synthetic.seconds(run)  # one after another, each on all devices
+            elif part not in failed:
                 n, n_test = _images(run)
-                if alike not in rates:
-                    rates[alike] = _measure(run, n_test, steps)
-                per_step, per_test_image = rates[alike]
-                total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
-                epochs = math.ceil(total_steps * run.recipe.batch_size / n)
-                evaluations = math.ceil(epochs / run.engine.eval_every) + 1  # once more for the record
-                taken = (total_steps * per_step + evaluations * n_test * per_test_image) / at_once
+                part = alike
+                if part not in failed:
+                    if alike not in rates:
+                        rates[alike] = _measure(run, n_test, steps)
+                    per_step, per_test_image = rates[alike]
+                    total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
+                    epochs = math.ceil(total_steps * run.recipe.batch_size / n)
+                    evaluations = math.ceil(epochs / run.engine.eval_every) + 1  # once more for the record
+                    taken = (total_steps * per_step + evaluations * n_test * per_test_image) / at_once
         except Exception as error:
-            failed[alike] = run, error.with_traceback(None)  # whose frames hold a job's memory
+            failed[part] = run, error.with_traceback(None)  # whose frames hold a job's memory
         each.append(taken)
     for run, why in failed.values():
         if isinstance(why, UserError) and not any(each):

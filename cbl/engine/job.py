@@ -113,6 +113,7 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
             "class_weights": loss.weights.tolist(),
             "class_names": list(images.class_names),
             "subset_hash": images.subset_hash,
+            **({"content_hash": images.content} if images.content else {}),
             "parameters": sum(p.numel() for p in model.parameters()),
             "device": device_name(device),
         },

@@ -158,12 +158,14 @@ def live(
     state = checkpoint.load(folder, job.model, job.optimizer)
     if state is None:
         state = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "best_error": None}
-        state |= {"subset_hash": job.images.subset_hash, "started": record["started"]}
-    elif state["subset_hash"] != job.images.subset_hash:
-        raise UserError(
-            f"{folder} was begun on other images (subset {state['subset_hash']}, now "
-            f"{job.images.subset_hash}): delete the folder to start the run afresh."
-        )
+        state |= {"subset_hash": job.images.subset_hash, "content_hash": job.images.content}
+        state["started"] = record["started"]
+    for key, now in (("subset_hash", job.images.subset_hash), ("content_hash", job.images.content)):
+        if (before := state.get(key, now)) != now:
+            raise UserError(
+                f"{folder} was begun on other images ({key} was {before}, now {now}): delete the folder to start the "
+                "run afresh."
+            )
     record["started"] = state["started"]
     history = records.rewind_metrics(folder, state["step"])
     records.write_record(folder, record)
@@ -209,6 +211,7 @@ def _done(run: config.Run, folder: Path) -> dict[str, Any]:
             "class_names": list(images.class_names),
             "class_counts": images.counts.tolist(),
             "subset_hash": images.subset_hash,
+            "content_hash": images.content,
         }
         for key, value in now.items():
             if (before := record.get(key, value)) != value:
