@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and a lock to wait for: for whatever writes to a disk."""
+"""Files that are whole or not there, and locks: for whatever writes to a disk."""
 
 import contextlib
 import hashlib
@@ -51,7 +51,7 @@ def md5() -> "hashlib._Hash":
     return hashlib.md5(usedforsecurity=False)
 
 
-def lock(handle: IO, folder: Path, setting: str) -> bool:
+def _lock(handle: IO, folder: Path, setting: str) -> bool:
     """Whether the lock on `handle`, a file in `folder`, is ours now and not another process's.
 
     Raises `UserError` where there are no locks; `setting` is what says where the folder is.
@@ -70,6 +70,26 @@ def lock(handle: IO, folder: Path, setting: str) -> bool:
 
 
 @contextlib.contextmanager
+def alone(folder: Path, setting: str = "output_dir") -> Iterator[bool]:
+    """True when this process alone may write to `folder`; the lock goes with the process, however it ends.
+
+    Makes the folder, and removes what a killed process left half written; raises `UserError` when that cannot be done.
+    `setting` is what says where the folder is.
+    """
+    remedy = f"choose another {setting}"
+    with writing(folder, remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
+    with handle:
+        mine = _lock(handle, folder, setting)
+        if mine:
+            with writing(folder, remedy):
+                for half_written in folder.glob("*.tmp"):
+                    half_written.unlink()
+        yield mine
+
+
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Alone in this block among all that download to the same place; the lock goes with the process, however it ends.
 
@@ -78,7 +98,7 @@ def locked(path: Path) -> Iterator[None]:
     import fcntl
 
     with open(path, "w") as handle:
-        if not lock(handle, path.parent, "folder"):
+        if not _lock(handle, path.parent, "folder"):
             print("Waiting for another process that is downloading the same files.", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

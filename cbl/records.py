@@ -19,7 +19,6 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +72,6 @@ def folder_of(run: config.Run) -> Path:
 
 def is_done(folder: Path) -> bool:
     return (folder / "done").exists()
-
-
-@contextlib.contextmanager
-def lock(folder: Path, setting: str = "output_dir") -> Iterator[bool]:
-    """True when this process alone may write to `folder`; the lock goes with the process, however it ends.
-
-    Makes the folder, and removes what a killed process left half written; raises `UserError` when that cannot be done.
-    `setting` is what says where the folder is.
-    """
-    remedy = f"choose another {setting}"
-    with disk.writing(folder, remedy):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
-    with handle:
-        mine = disk.lock(handle, folder, setting)
-        if mine:
-            with disk.writing(folder, remedy):
-                for half_written in folder.glob("*.tmp"):
-                    half_written.unlink()
-        yield mine
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

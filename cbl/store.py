@@ -208,7 +208,7 @@ def publish(new: Store, results: Path | str) -> Published:
     ended = new.runs[new.runs["status"].isin(["done", "failed"])]
     given = _sorted(ended, new.per_class, _thin(new.curves), new.warnings)
     while True:
-        with records.lock(results, "--results") as mine:
+        with disk.alone(results, "--results") as mine:
             if mine:
                 old = load(results)
                 store = merge(old, given)

@@ -263,5 +263,4 @@ def seed_list(text: str) -> list[int]:
 
 if __name__ == "__main__":
     with one_line():
-        status = main()
-    sys.exit(status)
+        sys.exit(main())

@@ -198,8 +198,8 @@ class Stopwatch:
 class Sound:
     """Whether some tiles start in every dtype in which the first do, and give the gradients that those give.
 
-    With ResNet-8: it has all the tables' convolutions of colour images, and a deeper one amplifies rounding more. Each
-    dtype is compiled here and takes some seconds: once the first gradients are known `in_time` is called before.
+    With ResNet-8: it has all the tables' convolutions of colour images, and a deeper one amplifies rounding more.
+    `in_time` is called before each dtype of some tiles, which takes seconds to compile.
     """
 
     def __init__(self, given: argparse.Namespace, first: dict[Entry, Tile], in_time: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process alone writes to."""
 
 import errno
 import fcntl
@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cbl import disk, records
+from cbl import disk
 from cbl.data import prepare
 from cbl.errors import UserError
 
@@ -68,13 +69,67 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     assert done == ["7 B", "renamed"] and (tmp_path / "x").read_bytes() == b"content"
 
 
+# -- one process at a time ---------------------------------------------------------------------------------------------
+
+
+def hold(folder: Path, told: Connection) -> None:
+    with disk.alone(folder) as mine:
+        told.send(mine)
+        time.sleep(60)
+
+
+def test_lock_between_processes_goes_with_a_kill(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    heard, told = FORK.Pipe(duplex=False)
+    holder = FORK.Process(target=hold, args=(folder, told))
+    holder.start()
+    assert heard.recv() is True
+    with disk.alone(folder) as mine:
+        assert not mine
+    with disk.alone(tmp_path / "runs" / "another") as mine:
+        assert mine
+    holder.kill()
+    holder.join()
+    with disk.alone(folder) as mine:
+        assert mine
+
+
+def test_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), disk.alone(tmp_path):
+        raise RuntimeError
+    with disk.alone(tmp_path) as mine, disk.alone(tmp_path) as again:
+        assert mine and not again  # nor twice in one process
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt.123.tmp").touch()
+    with disk.alone(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(
+            UserError, match=r"^.*file/run cannot be written to \(Not a directory\): choose another output_dir"
+        ),
+        disk.alone(tmp_path / "file" / "run"),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match=r"\(Not a directory\): choose another --results\.$"),
+        disk.alone(tmp_path / "file" / "results", "--results"),
+    ):
+        pass
+
+
 def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", fail)
     for block, folder, setting in (
-        (lambda: records.lock(tmp_path / "run"), tmp_path / "run", "output_dir"),
+        (lambda: disk.alone(tmp_path / "run"), tmp_path / "run", "output_dir"),
         (lambda: disk.locked(tmp_path / ".lock"), tmp_path, "folder"),
     ):
         with pytest.raises(UserError) as caught, block():

@@ -1,14 +1,11 @@
-"""A run's folder: what a kill, a torn line, a second process or a damaged file does to it."""
+"""A run's folder: what a kill, a torn line or a damaged file does to it."""
 
 import json
 import math
-import multiprocessing
 import os
 import resource
 import shutil
 import subprocess
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +13,6 @@ import pytest
 
 from cbl import config, records
 from cbl.errors import UserError
-
-FORK = multiprocessing.get_context("fork")  # other processes, and quickly there
-
-# -- one process at a time ---------------------------------------------------------------------------------------------
-
-
-def hold(folder: Path, told: Connection) -> None:
-    with records.lock(folder) as mine:
-        told.send(mine)
-        time.sleep(60)
-
-
-def test_lock_between_processes_goes_with_a_kill(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "one"
-    heard, told = FORK.Pipe(duplex=False)
-    holder = FORK.Process(target=hold, args=(folder, told))
-    holder.start()
-    assert heard.recv() is True
-    with records.lock(folder) as mine:
-        assert not mine
-    with records.lock(tmp_path / "runs" / "another") as mine:
-        assert mine
-    holder.kill()
-    holder.join()
-    with records.lock(folder) as mine:
-        assert mine
-
-
-def test_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), records.lock(tmp_path):
-        raise RuntimeError
-    with records.lock(tmp_path) as mine, records.lock(tmp_path) as again:
-        assert mine and not again  # nor twice in one process
-
-
-def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.pt.123.tmp").touch()
-    with records.lock(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(
-            UserError, match=r"^.*file/run cannot be written to \(Not a directory\): choose another output_dir"
-        ),
-        records.lock(tmp_path / "file" / "run"),
-    ):
-        pass
-    with (
-        pytest.raises(UserError, match=r"\(Not a directory\): choose another --results\.$"),
-        records.lock(tmp_path / "file" / "results", "--results"),
-    ):
-        pass
-
 
 # -- metrics.jsonl -----------------------------------------------------------------------------------------------------
 

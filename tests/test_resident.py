@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from cbl import class_balanced_weights, config, data, records, tracking
+from cbl import class_balanced_weights, config, data, disk, records, tracking
 from cbl.data import folder
 from cbl.engine import estimate, evaluate, processes, recipe, resident
 from cbl.engine.job import choose_device, prepare
@@ -479,7 +479,7 @@ def test_nobody_left_to_tell_is_no_reason_to_fail(tmp_path: Path, monkeypatch: p
 
 def test_a_run_under_way_elsewhere_is_left_alone(tmp_path: Path) -> None:
     run = digits(tmp_path)
-    with records.lock(records.folder_of(run)):
+    with disk.alone(records.folder_of(run)):
         (record,) = resident.train([run])
     assert record["skipped"] == "another process is training it"
     assert not (records.folder_of(run) / "result.json").exists()

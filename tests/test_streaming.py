@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from cbl import class_balanced_weights, config, models, records
+from cbl import class_balanced_weights, config, disk, models, records
 from cbl.data import index
 from cbl.data import streaming as loading
 from cbl.engine import checkpoint, distributed, evaluate, recipe, streaming, synthetic
@@ -304,7 +304,7 @@ def test_a_command_that_fails_leaves_the_record_of_a_run_under_way_alone(prepare
     """The same run, as `dataset.root` does not name it, with the images given wrong the second time."""
     run = settings(prepared, tmp_path, engine__max_steps=2)
     folder = records.folder_of(run)
-    with records.lock(folder):
+    with disk.alone(folder):
         records.write_record(folder, records.new_record(run))
         before = (folder / "result.json").read_bytes()
         record = streaming.train(settings(tmp_path / "nowhere", tmp_path, engine__max_steps=2))
@@ -581,7 +581,7 @@ def test_a_damaged_image_is_named_or_skipped(tmp_path: Path) -> None:
 def test_other_images_and_other_processes_are_refused(prepared: Path, tmp_path: Path) -> None:
     run = settings(prepared, tmp_path / "runs")
     assert streaming.train(run, deadline=time.monotonic())["status"] == "running"
-    with records.lock(records.folder_of(run)):
+    with disk.alone(records.folder_of(run)):
         assert streaming.train(run)["skipped"] == "another process is training it"
     write_set(tmp_path, n=50)
     other = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, root=str(tmp_path)))

@@ -121,28 +121,23 @@ def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], Non
     failed: dict[tuple, tuple[config.Run, Exception]] = {}
     each = []
     for run in runs:
-        alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
         choose_device(run.engine)  # what is wrong here is so for all runs, and raised
+        alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
         taken = 0.0
-        part: tuple = (run.dataset,)  # those that fail with this one: of its images, then of its shape
+        ends_here: tuple = (run.dataset,)  # what a failure says something of: these images, then this shape
         try:
-            if run.dataset.name in config.LARGE:
-                part = alike
-                if part not in failed:
-                    taken = synthetic.seconds(run)  # one after another, each on all devices
-            elif part not in failed:
-                n, n_test = _images(run)
-                part = alike
-                if part not in failed:
-                    if alike not in rates:
-                        rates[alike] = _measure(run, n_test, steps)
-                    per_step, per_test_image = rates[alike]
-                    total_steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
-                    epochs = math.ceil(total_steps * run.recipe.batch_size / n)
-                    evaluations = math.ceil(epochs / run.engine.eval_every) + 1  # once more for the record
-                    taken = (total_steps * per_step + evaluations * n_test * per_test_image) / at_once
+            n, n_test = (0, 0) if run.dataset.name in config.LARGE else _images(run)
+            ends_here = alike
+            if alike in failed:
+                pass
+            elif run.dataset.name in config.LARGE:
+                taken = synthetic.seconds(run)  # one after another, each on all devices
+            else:
+                if alike not in rates:
+                    rates[alike] = _measure(run, n_test, steps)
+                taken = _whole(run, n, n_test, *rates[alike]) / at_once
         except Exception as error:
-            failed[part] = run, error.with_traceback(None)  # whose frames hold a job's memory
+            failed[ends_here] = run, error.with_traceback(None)  # whose frames hold a job's memory
         each.append(taken)
     for run, why in failed.values():
         if isinstance(why, UserError) and not any(each):
@@ -150,6 +145,14 @@ def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], Non
         what = why if isinstance(why, UserError) else repr(why)
         say(f"{config.run_id(run)} and its like are left out of the time: {what}")
     return each
+
+
+def _whole(run: config.Run, n: int, n_test: int, per_step: float, per_test_image: float) -> float:
+    """Seconds of the steps and evaluations of `run` on `n` training and `n_test` test images."""
+    steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
+    epochs = math.ceil(steps * run.recipe.batch_size / n)
+    evaluations = math.ceil(epochs / run.engine.eval_every) + 1  # once more for the record
+    return steps * per_step + evaluations * n_test * per_test_image
 
 
 def _images(run: config.Run) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbl import config, data, records, tracking
+from cbl import config, data, disk, records, tracking
 from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
 from cbl.engine.job import Job, choose_device, prepare
 from cbl.engine.progress import Display, Line
@@ -122,7 +122,7 @@ def journey(
 
     try:
         job = prepare(run, choose_device(run.engine))  # what can be wrong is found before anything is written
-        with records.lock(folder) as mine:
+        with disk.alone(folder) as mine:
             if not mine:
                 return record | {"skipped": "another process is training it"}
             if records.is_done(folder):  # by another process, a moment ago

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbl import config, models, records, tracking
+from cbl import config, disk, models, records, tracking
 from cbl.data import augment, index
 from cbl.data import streaming as data
 from cbl.engine import checkpoint, distributed, recipe
@@ -97,7 +97,7 @@ def journey(
     # ---- what can be wrong is found before anything is written
     job = prepare(run, world)
     held.callback(job.close)
-    if not world.tell(world.leads and held.enter_context(records.lock(folder))):
+    if not world.tell(world.leads and held.enter_context(disk.alone(folder))):
         return record | {"skipped": "another process is training it"}
     if done := world.tell(_done(folder) if world.leads else None):  # by another command, a moment ago
         return done

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbl import disk, records
+from cbl import disk
 from cbl.data import index
 from cbl.data.index import Index
 from cbl.data.prepare import archives, imagenet, images, inaturalist
@@ -171,7 +171,7 @@ def _check_settings(folder: Path, settings: dict[str, int | None]) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """In this block no other process prepares `folder`."""
-    with records.lock(folder, "root") as mine:
+    with disk.alone(folder, "root") as mine:
         if not mine:
             raise UserError(f"Another process is preparing {folder}: wait for it.")
         yield
