@@ -113,7 +113,7 @@ def main() -> int:
     say_plan(runs, done)
     missing = [run for run in runs if config.run_id(run) not in done]
 
-    from cbl.engine import estimate, processes  # torch only now: a wrong argument is refused at once
+    from cbl.engine import estimate, job, processes  # torch only now: a wrong argument is refused at once
 
     if processes.count([run for run in runs if run.dataset.name not in config.LARGE]) > 1:
         missing = [one_thread(run) for run in missing]
@@ -124,6 +124,7 @@ def main() -> int:
                 print(f"  {_spoken(taken):>14}  {config.run_id(run)}")
         print(f"About {_spoken(sum(each))} of training on this machine, from a short measurement.", flush=True)
     if asked.dry:
+        job.say_if_emulated(missing, print)
         return 0
     output_folder(asked.out / "tables")  # refused before the training, not after
     deadline = float("inf") if asked.budget is None else began + asked.budget

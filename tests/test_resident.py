@@ -25,7 +25,7 @@ from sklearn.metrics import confusion_matrix
 
 from cbl import class_balanced_weights, config, data, disk, records, tracking
 from cbl.data import folder
-from cbl.engine import estimate, evaluate, processes, recipe, resident
+from cbl.engine import estimate, evaluate, processes, progress, recipe, resident
 from cbl.engine.job import choose_device, prepare
 from cbl.engine.progress import Display
 from cbl.errors import UserError
@@ -485,11 +485,45 @@ def test_a_run_under_way_elsewhere_is_left_alone(tmp_path: Path) -> None:
     assert not (records.folder_of(run) / "result.json").exists()
 
 
+def test_a_long_epoch_is_not_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    line = Display().run("a", steps=100, batch_size=128)
+    for now in (1030.0, 1059.0, 1064.0, 1070.0):  # noqa: B007 - read by the clock
+        line.advance()
+    line.epoch({"epoch": 1.0, "train_loss": 2.0, "test_error": None})
+    now = 1200.0
+    line.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "a: step 3, 3 %, 6 images/s, 34 min left",
+        "a: step 5, 5 %, loss 2.000, 3 images/s, 63 min left",
+    ]
+
+
 @pytest.mark.parametrize("dtype", ["tf32", "bf16"])
 def test_other_dtypes_train(tmp_path: Path, dtype: str) -> None:
     (record,) = resident.train([digits(tmp_path, engine__dtype=dtype, recipe__epochs=3)])
     rows = records.read_metrics(tmp_path / record["run_id"])
     assert record["status"] == "done" and rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtypes", "said"),
+    [("AVX2", ["fp32", "bf16", "bf16"], 1), ("AVX2", ["fp32"], 0), ("AVX512", ["bf16"], 0)],
+)
+def test_bf16_on_a_processor_without_it_is_said_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    processor: str,
+    dtypes: list[str],
+    said: int,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    resident.train(
+        [digits(tmp_path, engine__dtype=dtype, engine__max_steps=1, seed=i) for i, dtype in enumerate(dtypes)]
+    )
+    assert capsys.readouterr().err.count("no instructions for bf16") == said
 
 
 @pytest.mark.parametrize(

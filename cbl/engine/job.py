@@ -6,7 +6,7 @@ import functools
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -177,6 +177,19 @@ def choose_device(engine: config.Engine) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(engine.deterministic)
     return device
+
+
+def say_if_emulated(runs: Sequence[config.Run], say: Callable[[str], None]) -> None:
+    """Says once that bf16 is slow here, where one of `runs` would be computed in it without instructions for it.
+
+    That is so on a processor with AVX2 and no more. ResNet-32 at batch 128, two cores of such an EPYC: 8.2 s forward
+    and backward, and 0.5 s in fp32.
+    """
+    on_cpu = {"cpu"} if torch.cuda.is_available() else {"cpu", "auto"}
+    if torch.backends.cpu.get_cpu_capability() == "AVX2" and any(
+        run.engine.dtype == "bf16" and run.engine.device in on_cpu for run in runs
+    ):
+        say("This processor has no instructions for bf16: a step takes many times as long as with engine.dtype=fp32.")
 
 
 def keep_freed_memory() -> None:

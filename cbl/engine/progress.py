@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-PLAIN_SECONDS = 15.0  # between two plain lines of one run
+PLAIN_SECONDS = 15.0  # between two plain lines of one run, at the ends of epochs
+SILENT_SECONDS = 60.0  # after so long a plain line in the middle of an epoch too
 
 
 class _Console(Console):
@@ -94,7 +95,10 @@ class Line:
         if self.display.bars and self.task is not None and now - self.shown >= 0.1:
             self.shown = now
             rate = (self.done - self.from_step) * self.batch_size / max(now - self.began, 1e-9)
-            self.display.bars.update(self.task, completed=self.done, text=f"{rate:,.0f} images/s, {self.text}")
+            text = ", ".join(filter(None, [f"{rate:,.0f} images/s", self.text]))
+            self.display.bars.update(self.task, completed=self.done, text=text)
+        if self.task is None and now - self.said >= SILENT_SECONDS:
+            self._say(f"step {self.done:,}", now)
 
     def epoch(self, row: dict) -> None:
         """A row of metrics.jsonl was written."""
@@ -105,13 +109,15 @@ class Line:
             self.text += f", error {self.error:.2f} %"
         now = time.monotonic()
         if self.task is None and now - self.said >= PLAIN_SECONDS:
-            self.said = now
-            rate = (self.done - self.from_step) / max(now - self.began, 1e-9)
-            left = (self.steps - self.done) / max(rate, 1e-9)
-            self.display.say(
-                f"{self.name}: epoch {row['epoch']:.0f}, {100 * self.done / self.steps:.0f} %, {self.text}, "
-                f"{rate * self.batch_size:,.0f} images/s, {left / 60:.0f} min left"
-            )
+            self._say(f"epoch {row['epoch']:.0f}", now)
+
+    def _say(self, place: str, now: float) -> None:
+        self.said = now
+        rate = (self.done - self.from_step) / max(now - self.began, 1e-9)
+        left = (self.steps - self.done) / max(rate, 1e-9)
+        percent, speed = f"{100 * self.done / self.steps:.0f} %", f"{rate * self.batch_size:,.0f} images/s"
+        parts = [f"{self.name}: {place}", percent, self.text, speed, f"{left / 60:.0f} min left"]
+        self.display.say(", ".join(filter(None, parts)))
 
     def close(self) -> None:
         if self.display.bars and self.task is not None:

@@ -19,7 +19,7 @@ import torch
 
 from cbl import config, data, disk, records, tracking
 from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
-from cbl.engine.job import Job, choose_device, prepare
+from cbl.engine.job import Job, choose_device, prepare, say_if_emulated
 from cbl.engine.progress import Display, Line
 from cbl.errors import UserError
 
@@ -51,6 +51,7 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
                     end(number, records.new_record(run) | _failure(error))
         waiting = [number for number in range(len(runs)) if number not in ended]
         left = [runs[number] for number in waiting]
+        say_if_emulated(left, display.say)
         if left and (workers := processes.count(runs)) > 1:  # by all: the last one left takes one thread too
             quiet = display.bars is not None
             for place, record in processes.train(left, min(workers, len(left)), deadline, quiet):
