@@ -7,6 +7,7 @@ shared.
 
 import copy
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -40,16 +41,21 @@ def compose_jobs(
     """The run of each job's overrides, or what is wrong with it.
 
     Hydra takes tenths of a second to compose, a sweep has hundreds of jobs: so each choice of group options is
-    composed once, and the plain values (`loss.beta=0.9`), which Hydra applies last in any case, are set on a copy.
+    composed once, and the plain values (`loss.beta=0.9`), which Hydra applies last in any case, are set on a copy, one
+    for all jobs that set the same keys.
     """
-    parser, plain, composed = OverridesParser.create(), set(config.keys()), {}
+    parser, plain, composed, copies = OverridesParser.create(), set(config.keys()), {}, {}
+    parse = functools.cache(lambda word: parser.parse_overrides([word])[0])  # the same few words over and over
     for job in jobs:
-        parsed = parser.parse_overrides(list(job))
+        parsed = [parse(word) for word in job]
         values = [o for o in parsed if o.key_or_group in plain and o.type == OverrideType.CHANGE]
         choices = tuple(o.input_line for o in parsed if o not in values)
         if choices not in composed:
             composed[choices] = compose(list(choices))
-        run = copy.deepcopy(composed[choices])
+        keys = choices, *(o.key_or_group for o in values)
+        if keys not in copies:
+            copies[keys] = copy.deepcopy(composed[choices])
+        run = copies[keys]
         for override in values:
             OmegaConf.update(run, override.key_or_group, override.value())
         try:

@@ -7,6 +7,7 @@ python scripts/reproduce_table.py --table 2 --budget 3600          # stop cleanl
 
 import argparse
 import dataclasses
+import functools
 import re
 import sys
 import time
@@ -21,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cbl import config, disk, records, store
 from cbl.errors import UserError
@@ -55,22 +56,28 @@ def plan_pairs(table: str, seeds: Sequence[int], extra: Sequence[str]) -> list[t
         further = _expand(list(extra))
         words = [(job, more, f"seed={seed}") for seed in seeds for job in jobs for more in further]
         runs = _composed([[*job, *more, seed] for job, more, seed in words])
-        return list(zip(runs, _composed([[*job, seed] for job, _, seed in words]), strict=True))
+        of_table = _composed([[*job, seed] for job, _, seed in words]) if extra else runs
+        return list(zip(runs, of_table, strict=True))
 
 
 def _composed(jobs: list[list[str]]) -> list[config.Run]:
     runs = []
-    for job, run in compose_jobs(lambda overrides: compose("train", overrides), jobs):
+    for job, run in compose_jobs(lambda overrides: _compose(tuple(overrides)), jobs):
         if isinstance(run, UserError):
             raise UserError(f"{' '.join(job)}: {run}")
         runs.append(run)
     return runs
 
 
+@functools.cache  # the runs with and without `extra` differ in plain values, mostly
+def _compose(overrides: tuple[str, ...], hydra: bool = False) -> DictConfig:
+    return compose("train", list(overrides), return_hydra_config=hydra)
+
+
 def _expand(overrides: list[str]) -> list[list[str]]:
     """As -m would: the product of all comma lists, those of a named sweep included."""
-    named = [o for o in overrides if o.startswith("sweep=")]
-    parameters = compose("train", named, return_hydra_config=True).hydra.sweeper.params or {}
+    named = tuple(o for o in overrides if o.startswith("sweep="))
+    parameters = _compose(named, hydra=True).hydra.sweeper.params or {}
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in parameters.items()), *overrides])
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]

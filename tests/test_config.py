@@ -53,7 +53,7 @@ def valid(draw: st.DrawFn) -> dict[str, Any]:
     optional = {
         "dataset.imbalance_factor": factor,
         "dataset.subset_seed": seed,
-        "dataset.root": st.text(),
+        "dataset.root": st.text().filter(lambda path: not path.startswith("~")),  # somebody's home
         "dataset.download": st.booleans(),
         "dataset.shift": st.none() | st.integers(0, 8),
         "dataset.flip": st.none() | st.booleans(),

@@ -17,7 +17,7 @@ import pytest
 import reproduce_table
 
 from cbl import config, records, store
-from cbl.engine import resident
+from cbl.engine import processes, resident
 from cbl.errors import UserError
 from cbl.report import formats, paper, tables
 
@@ -221,12 +221,20 @@ def changes_nothing(run: config.Run) -> bool:
     return len(config.overrides(run)) == len(tables.DIGITS[0].split()) and run.loss.reduction == "batch"
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def words(folder: Path, *more: str) -> list[str]:
     small = ["recipe.epochs=1", "engine.eval_every=1", "tracking=off"]
-    return [
-        sys.executable, "scripts/reproduce_table.py", "--seeds", "0", "--runs", str(folder / "runs"),
-        "--out", str(folder / "out"), *more, "--set", *small,
-    ]  # fmt: skip
+    runs, out = str(folder / "runs"), str(folder / "out")
+    return ["scripts/reproduce_table.py", "--seeds", "0", "--runs", runs, "--out", out, *more, "--set", *small]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, *words(folder, *more)]
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New processes import torch for seconds."""
+    monkeypatch.setattr(processes, "count", lambda runs: 1)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +244,26 @@ def command(folder: Path, *more: str) -> list[str]:
         ("dataset=folder", "There is no folder "),
     ],
 )
-def test_settings_that_suit_no_data_are_one_sentence(tmp_path: Path, changes: str, sentence: str) -> None:
-    done = subprocess.run([*command(tmp_path, "--dry"), changes], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and sentence in done.stderr
+def test_settings_that_suit_no_data_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None, changes: str, sentence: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*words(tmp_path, "--dry"), changes])
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        reproduce_table.main()
 
 
-def test_a_budget_of_nothing_trains_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(command(tmp_path, "--budget", "0"), cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "25 of 25 runs are left" in done.stdout and not list(tmp_path.glob("runs/*"))
+@pytest.mark.parametrize("budget", ["0", "0.01"])
+def test_a_budget_of_nothing_trains_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_process: None,
+    budget: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", words(tmp_path, "--budget", budget))
+    assert reproduce_table.main() == 0
+    assert "25 of 25 runs are left: the same command goes on with them." in capsys.readouterr().out
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_runs_of_a_sweep_take_one_thread_and_those_of_the_large_sets_all() -> None:
@@ -253,10 +273,11 @@ def test_runs_of_a_sweep_take_one_thread_and_those_of_the_large_sets_all() -> No
     assert reproduce_table.one_thread(large).engine.threads is None
 
 
-def test_interrupted_three_times_ends_with_the_same_table(tmp_path: Path) -> None:
+def test_interrupted_twice_ends_with_the_same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             command(parts), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -268,17 +289,21 @@ def test_interrupted_three_times_ends_with_the_same_table(tmp_path: Path) -> Non
         process.wait()
     done = subprocess.run(command(parts), cwd=ROOT, check=True, capture_output=True, text=True)
     assert "25 runs: " in done.stdout
+    monkeypatch.setattr(sys, "argv", [*words(whole), "engine.threads=1"])
+    assert reproduce_table.main() == 0
     tables = [pd.read_csv(folder / "out/tables/digits.csv") for folder in (whole, parts)]
     pd.testing.assert_frame_equal(*tables)
     assert tables[0]["n"].max() == 1
 
 
-def test_dry_trains_nothing_and_budget_ends_cleanly(tmp_path: Path) -> None:
-    dry = subprocess.run(command(tmp_path, "--dry"), cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "25 runs: 0 done" in dry.stdout and "of training on this machine" in dry.stdout
+def test_dry_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_process: None
+) -> None:
+    monkeypatch.setattr(sys, "argv", words(tmp_path, "--dry"))
+    assert reproduce_table.main() == 0
+    said = capsys.readouterr().out
+    assert "25 runs: 0 done" in said and "of training on this machine" in said
     assert not (tmp_path / "runs").exists()
-    short = subprocess.run(command(tmp_path, "--budget", "0.01"), cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "of 25 runs are left: the same command goes on with them" in short.stdout
 
 
 def test_published_runs_count_as_done_when_asked(
@@ -322,7 +347,9 @@ def test_any_path_will_do_for_the_runs(
         reproduce_table.main()
 
 
-def test_a_record_that_cannot_be_read_stops_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_that_cannot_be_read_stops_no_other_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None
+) -> None:
     planned = reproduce_table.plan("digits", [0])[:2]
     runs = [dataclasses.replace(run, output_dir=str(tmp_path)) for run in planned]
     for run in runs:
