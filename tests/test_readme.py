@@ -81,37 +81,79 @@ def test_what_it_says_of_the_0_7_points() -> None:
     assert set(cifar.subset_seed) == {0}
 
 
+def clear(cell: tables.Cell) -> bool:
+    low, high = cell.interval
+    return not low <= 0 <= high
+
+
 def test_what_matters_on_the_digits_is_as_it_says() -> None:
-    """Clear, either way: the prior, the image order, the drop; half of the first is saved by a slower start."""
+    """Clear, either way: the prior, the image order, the drop, the division by the weights; less so when slower."""
     runs = store.load(ROOT / "results").runs
     rows = dict(tables.build("ablation_digits", runs).panels[0].rows)
     prior, order = rows["No prior in the last bias"], rows["Image order: official stream"]
-    for cell in (prior[2], order[0], order[2]):  # without weights
-        assert cell.interval[0] > 1.5
+    assert 8 < prior[2].mean < 9 and round(order[0].mean) == 4 and round(order[2].mean) == 3  # without weights
+    for cell in (prior[2], order[0], order[2]):
+        assert cell.interval[0] > 2
     for cell in (prior[3], order[1], order[3]):  # with them
-        assert cell.interval[0] < 0 < cell.interval[1]
+        assert not clear(cell)
     for cell in rows["Learning rate drops: ×0.1"]:
-        assert cell.interval[1] < 0 and -1.3 < cell.mean < -0.45
-    assert 0 < rows["Loss divided by the sum of the drawn weights"][1].interval[0] < 0.5
+        assert cell.interval[1] < 0 and -1.35 < cell.mean < -0.45
+    division = rows["Loss divided by the sum of the drawn weights"]
+    assert [round(division[at].mean) for at in (1, 3)] == [3, 2] and division[1].interval[0] > division[3].interval[
+        0
+    ] > 0
     changes = [cell for label, cells in rows.items() if "%" not in label for cell in cells if cell]
-    assert len(changes) == 38 and {len(cell.values) for cell in changes} == {20}
-    as_it_is, warm_up, small_rate, _ = (
+    assert len(changes) == 38 and {len(cell.values) for cell in changes} == {40}
+    as_it_is, warm_up, small_rate, longer = (
         [cell.mean for cell in cells] for _, cells in tables.build("conditions", runs).panels[0].rows
     )
-    for slower, low, high in ((warm_up, 0.35, 0.5), (small_rate, 0.3, 0.4)):  # what is left of the prior's cost
-        assert all(low * fast < slow < high * fast for slow, fast in zip(slower[:2], as_it_is[:2], strict=True))
-        assert all(slow > 0.6 * fast for slow, fast in zip(slower[2:], as_it_is[2:], strict=True))
-    for cell in tables.build("conditions", runs).panels[0].rows[3][1]:
-        assert cell.interval[0] < 0 < cell.interval[1]
+    left = [[slow / fast for slow, fast in zip(row, as_it_is, strict=True)] for row in (warm_up, small_rate)]
+    assert round(as_it_is[0]) == 7 and 0.45 < left[0][0] < 0.5 and 0.3 < left[0][1] < 0.36
+    assert all(0.35 < share < 0.5 for share in left[1][:2])  # of the prior's cost
+    assert all(1.5 < cell < 2 for cell in longer[:2]) and round(longer[2]) == 1 and round(longer[3]) == 0
+    for cell in tables.build("conditions", runs).panels[0].rows[3][1][:3]:
+        assert clear(cell)
 
 
-def test_intervals_of_twenty_pairs_leave_out_zero_once_in_fourteen_by_chance() -> None:
+def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() -> None:
+    runs = store.load(ROOT / "results").runs
+    runs = runs[runs.dataset == "digits_lt"]
+    both, first, second = (
+        tables.build("ablation_digits", part).panels[0].rows[1:]
+        for part in (runs, runs[runs.seed < 20], runs[runs.seed >= 20])
+    )
+    halves = [
+        (label, at, cell, again, whole)
+        for (label, cells), (_, agains), (_, wholes) in zip(first, second, both, strict=True)
+        for at, (cell, again, whole) in enumerate(zip(cells, agains, wholes, strict=True))
+        if cell
+    ]
+    assert {len(half.values) for row in halves for half in row[2:4]} == {20}
+    said = [row for row in halves if clear(row[2])]
+    lost = [row for row in said if not (clear(row[3]) and row[2].mean * row[3].mean > 0)]
+    assert len(said) == 10 and len(lost) == 3
+    for label, at, before, now in (
+        ("Initial weights: Kaiming", 0, "−1.05", "+0.01"),
+        ("Weight decay: last bias alone", 3, "−0.88", "+0.02"),
+        ("Learning rate drops: ×0.1", 3, "−0.82", "−0.36"),
+    ):
+        [(_, _, cell, again, _)] = [row for row in lost if row[:2] == (label, at)]
+        assert [f"{half.mean:+.2f}".replace("-", "−") for half in (cell, again)] == [before, now]
+        assert before in README and f"now {now}" in README.replace("\n", " ")
+    deciding = ("No prior", "Image order", "Learning rate drops", "Loss divided")
+    others = [row for row in halves if not row[0].startswith(deciding)]
+    assert len(others) == 26 and sum(clear(row[4]) for row in others) == 3
+    assert not any(clear(row[2]) and clear(row[3]) for row in others if clear(row[4]))
+    assert max(abs(row[4].mean) for row in others) < 1.2
+
+
+def test_intervals_of_forty_pairs_leave_out_zero_once_in_seventeen_by_chance() -> None:
     """A percentile bootstrap of a mean is ±1.96 s/√n with s over n, not n − 1: narrower than Student's interval."""
-    assert round(1 / (2 * t.sf(1.96 * np.sqrt(19 / 20), 19))) == 14
-    values = np.random.default_rng(0).normal(size=20)
+    assert round(1 / (2 * t.sf(1.96 * np.sqrt(39 / 40), 39))) == 17
+    values = np.random.default_rng(0).normal(size=40)
     low, high = bootstrap(values).interval
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(20), rel=0.03)
-    assert round(38 / 14) == 3  # of the README's 38
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(40), rel=0.03)
+    assert round(38 / 17) == 2  # of the README's 38
 
 
 def test_what_it_names_exists() -> None:

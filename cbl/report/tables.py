@@ -563,7 +563,7 @@ def ablation_digits(done: Done) -> Table:
         f"{_recipe(DIGITS)}, as in the embedded table; every seed draws a subset of its own. {caption} First row: test "
         "error (%); others: its change in points, positive is worse. Small images, a small network and few of either: "
         "what matters here need not matter on CIFAR.",
-        f"{ABLATED} Of fourteen such intervals of twenty pairs one leaves out zero by chance.",
+        f"{ABLATED} Of seventeen such intervals of forty pairs one leaves out zero by chance.",
         panels,
         notes,
     )
