@@ -94,8 +94,7 @@ class Line:
         # a redraw costs as much as a small step
         if self.display.bars and self.task is not None and now - self.shown >= 0.1:
             self.shown = now
-            rate = (self.done - self.from_step) * self.batch_size / max(now - self.began, 1e-9)
-            text = ", ".join(filter(None, [f"{rate:,.0f} images/s", self.text]))
+            text = ", ".join(filter(None, [f"{self._rate(now):,.0f} images/s", self.text]))
             self.display.bars.update(self.task, completed=self.done, text=text)
         if self.task is None and now - self.said >= SILENT_SECONDS:
             self._say(f"step {self.done:,}", now)
@@ -111,12 +110,16 @@ class Line:
         if self.task is None and now - self.said >= PLAIN_SECONDS:
             self._say(f"epoch {row['epoch']:.0f}", now)
 
+    def _rate(self, now: float) -> float:
+        """Images/s since the command began."""
+        return (self.done - self.from_step) * self.batch_size / max(now - self.began, 1e-9)
+
     def _say(self, place: str, now: float) -> None:
         self.said = now
-        rate = (self.done - self.from_step) / max(now - self.began, 1e-9)
-        left = (self.steps - self.done) / max(rate, 1e-9)
-        percent, speed = f"{100 * self.done / self.steps:.0f} %", f"{rate * self.batch_size:,.0f} images/s"
-        parts = [f"{self.name}: {place}", percent, self.text, speed, f"{left / 60:.0f} min left"]
+        rate = self._rate(now)
+        minutes = (self.steps - self.done) * self.batch_size / max(rate, 1e-9) / 60
+        percent, left = f"{100 * self.done / self.steps:.0f} %", f"{minutes:.0f} min left"
+        parts = [f"{self.name}: {place}", percent, self.text, f"{rate:,.0f} images/s", left]
         self.display.say(", ".join(filter(None, parts)))
 
     def close(self) -> None:
