@@ -26,7 +26,7 @@ from sklearn.metrics import confusion_matrix
 from cbl import class_balanced_weights, config, data, disk, records, tracking
 from cbl.data import folder
 from cbl.engine import estimate, evaluate, processes, progress, recipe, resident
-from cbl.engine.job import choose_device, prepare
+from cbl.engine.job import choose_device, device_name, prepare
 from cbl.engine.progress import Display
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
@@ -483,6 +483,15 @@ def test_a_run_under_way_elsewhere_is_left_alone(tmp_path: Path) -> None:
         (record,) = resident.train([run])
     assert record["skipped"] == "another process is training it"
     assert not (records.folder_of(run) / "result.json").exists()
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        names.add(device_name(torch.device("cpu")))
+        assert any(f", {capability}, {torch.get_num_threads()} thread" in name for name in names)
+    assert len(names) == 2
 
 
 def test_a_long_epoch_is_not_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,7 +206,10 @@ def keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """`NVIDIA H200`, or the processor with the threads in use."""
+    """`NVIDIA H200`, or the processor with the instructions torch takes there and the threads in use.
+
+    Processors of one name can differ in the instructions, and then round differently.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -214,4 +217,4 @@ def device_name(device: torch.device) -> str:
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"
