@@ -88,7 +88,7 @@ class Engine:
     eval_batch: int = 1000  # images
     checkpoint_seconds: float = 60.0  # at the end of an epoch (large sets: anywhere), at least this long after the last
     deterministic: bool = False  # same bits on CUDA too, slower; the CPU always is
-    threads: int | None = None  # CPU threads; None: as torch decides
+    threads: int | None = None  # CPU threads; None: as torch decides, of several runs side by side on the CPU one each
     lanes: int | None = None  # runs side by side on one GPU; None: measured; the CPU has one
     capture: bool = True  # on CUDA, replay the whole step as one CUDA graph
     fused: bool = False  # on CUDA, kernels of our own (cbl/engine/fused.py) in place of cuDNN's; not for the large sets
@@ -137,6 +137,12 @@ _NOT_IDENTITY = {"dataset.root", "dataset.download", "output_dir"} | {
 _TOLD = {
     "dataset.name", "dataset.imbalance_factor", "dataset.subset_seed", "model.depth", "loss.kind",
     "loss.gamma", "loss.beta", "loss.reduction", "recipe.epochs", "engine.dtype", "seed",
+}  # fmt: skip
+# The least that a number may be, where that is all there is to check.
+_AT_LEAST = {
+    "loss.gamma": 0, "recipe.epochs": 1, "recipe.batch_size": 1, "recipe.weight_decay": 0, "recipe.warmup_epochs": 0,
+    "engine.max_steps": 1, "engine.eval_every": 1, "engine.eval_batch": 1, "engine.checkpoint_seconds": 0,
+    "engine.threads": 1, "engine.lanes": 1, "engine.micro_batch": 1, "engine.workers": 0,
 }  # fmt: skip
 
 
@@ -355,10 +361,12 @@ def _check(run: Run) -> None:
         if not holds:
             raise UserError(f"{key} is {value}, but {what}.")
 
-    d, m, loss, r, e = run.dataset, run.model, run.loss, run.recipe, run.engine
+    d, m, loss, r = run.dataset, run.model, run.loss, run.recipe
     for key, value in flat(run).items():
         if isinstance(value, float):
             need(math.isfinite(value), key, value, "it must be finite")
+        if key in _AT_LEAST and value is not None:
+            need(value >= _AT_LEAST[key], key, value, f"it must be {_AT_LEAST[key]} or more")
     factor = d.imbalance_factor
     if factor is None:
         as_it_is = d.name == "folder" or d.name in LARGE
@@ -385,25 +393,12 @@ def _check(run: Run) -> None:
         low = max(8, m.depth - (m.depth - 2) % 6)
         choice = f"it must be 6n + 2, for example {low} or {low + 6}"
         need(m.depth >= 8 and m.depth % 6 == 2, "model.depth", m.depth, choice)
-    need(loss.gamma >= 0, "loss.gamma", loss.gamma, "it must be 0 or more")
     need(0 <= loss.beta <= 1, "loss.beta", loss.beta, "it must be in [0, 1], for example 0.9999")
-    need(r.epochs >= 1, "recipe.epochs", r.epochs, "it must be 1 or more")
-    need(r.batch_size >= 1, "recipe.batch_size", r.batch_size, "it must be 1 or more")
     need(r.learning_rate > 0, "recipe.learning_rate", r.learning_rate, "it must be above 0")
     need(0 <= r.momentum < 1, "recipe.momentum", r.momentum, "it must be in [0, 1)")
     need(r.momentum > 0 or not r.nesterov, "recipe.nesterov", "true", "it needs recipe.momentum above 0")
-    need(r.weight_decay >= 0, "recipe.weight_decay", r.weight_decay, "it must be 0 or more")
-    need(r.warmup_epochs >= 0, "recipe.warmup_epochs", r.warmup_epochs, "it must be 0 or more")
     need(all(map(math.isfinite, r.milestones)), "recipe.milestones", list(r.milestones), "epochs must be finite")
     need(list(r.milestones) == sorted(r.milestones), "recipe.milestones", list(r.milestones), "epochs must ascend")
     official = r.image_order == "official_stream" and d.name in LARGE
     need(not official, "recipe.image_order", "official_stream", "it is not known of the large sets: take shuffle")
     need(r.drop is None or 0 < r.drop <= 1, "recipe.drop", r.drop, "it must be in (0, 1]")
-    need(e.max_steps is None or e.max_steps >= 1, "engine.max_steps", e.max_steps, "it must be 1 or more")
-    for name in ("eval_every", "eval_batch"):
-        need(getattr(e, name) >= 1, f"engine.{name}", getattr(e, name), "it must be 1 or more")
-    need(e.checkpoint_seconds >= 0, "engine.checkpoint_seconds", e.checkpoint_seconds, "it must be 0 or more")
-    need(e.workers is None or e.workers >= 0, "engine.workers", e.workers, "it must be 0 or more")
-    for name in ("threads", "lanes", "micro_batch"):
-        value = getattr(e, name)
-        need(value is None or value >= 1, f"engine.{name}", value, "it must be 1 or more")

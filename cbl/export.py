@@ -88,15 +88,13 @@ def write(folder: Path, out: Path, data_root: str | None = None) -> dict[str, An
     # one key, because safetensors keeps no order of several
     header = {"cbl": json.dumps(facts, ensure_ascii=False, allow_nan=False)}
     files = {WEIGHTS: safetensors.torch.save(tensors, header), CARD: card(facts).encode()}
-    try:
+    with disk.writing(out, "choose another folder"):
         for name, content in files.items():
             if (out / name).exists() and (out / name).read_bytes() != content:
                 raise UserError(f"{out / name} is there already and is another: remove it, or choose another folder.")
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             disk.write(out / name, content)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written to ({error.strerror}): choose another folder.") from None
     return facts
 
 

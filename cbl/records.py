@@ -172,6 +172,7 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record.get(name) for name in COLUMNS}
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """Commit and versions: what a result depends on besides its configuration."""
     versions = {"python": platform.python_version()}

@@ -165,11 +165,11 @@ def merge(old: Store, new: Store) -> Store:
     the same training complete each other, and the newer of two failures takes from the older what it leaves blank.
     Foreign columns stay with their runs. The warnings are those of both.
     """
-    rows = {row["run_id"]: row for row in _rows(old.runs)}
+    rows = {row["run_id"]: row for row in plain_rows(old.runs)}
     warnings = [*old.warnings, *new.warnings]
     taken: set[str] = set()  # runs whose details come from new where old has none
     replaced: set[str] = set()  # runs whose details come from new at all events
-    for row in _rows(new.runs):
+    for row in plain_rows(new.runs):
         name = row["run_id"]
         there = rows.setdefault(name, row)
         if there is row:
@@ -217,7 +217,7 @@ def publish(new: Store, results: Path | str) -> Published:
                 _write(results / "README.md", readme())
                 break
         time.sleep(0.05)
-    before, after = ({row["run_id"]: row for row in _rows(runs)} for runs in (old.runs, store.runs))
+    before, after = ({row["run_id"]: row for row in plain_rows(runs)} for runs in (old.runs, store.runs))
     known = [name for name in ended["run_id"] if name in before]
     changed = sum(before[name] != after[name] for name in known)
     return Published(
@@ -249,6 +249,11 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     columns = ["cell", *shared, *numbers, "seeds", "run_ids"]
     kinds = {name: RUNS[name] for name in ("cell", *shared)} | numbers
     return pd.DataFrame(rows, columns=columns).astype(kinds)
+
+
+def plain_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain dicts, None for NA."""
+    return frame.astype("object").where(frame.notna(), None).to_dict("records")
 
 
 def readme() -> str:
@@ -378,11 +383,6 @@ def _thin(curves: pd.DataFrame) -> pd.DataFrame:
     from_last = evaluated.groupby("run_id").cumcount(ascending=False)
     size = evaluated.groupby("run_id")["step"].transform("size")
     return evaluated[from_last % (-(-size // POINTS)) == 0]
-
-
-def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain dicts, None for NA."""
-    return frame.astype("object").where(frame.notna(), None).to_dict("records")
 
 
 def _read_csv(path: Path, kinds: dict[str, str]) -> pd.DataFrame:

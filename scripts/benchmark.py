@@ -37,17 +37,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from command_line import one_line
+from command_line import INTERRUPTED, interrupt, one_line
 
 from cbl import ClassBalancedLoss, config, records
 from cbl.data import loader_speed
@@ -75,7 +73,6 @@ from cbl.report.bench_plot import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERRUPTED = threading.Event()  # by SIGTERM, whose exception is lost where it strikes in a library's callback
 
 
 @dataclasses.dataclass
@@ -809,7 +806,7 @@ def make_bench(given: argparse.Namespace, device: torch.device) -> Bench:
         classes=[10, 100, 1000, 8142] if full else [10, 8142],
         full=full,
         photos=32 if full else 8,
-        ends=time.monotonic() + (given.budget or (3600.0 if full else 180.0)),
+        ends=time.monotonic() + ((3600.0 if full else 180.0) if given.budget is None else given.budget),
     )
 
 
@@ -851,7 +848,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.gpu_report:
             said = unused(given.out / "parity.txt")
             report["parity_file"] = said.name
-            passed = parity(said, max(60.0, bench.left()) if given.budget else None)
+            passed = parity(said, None if given.budget is None else max(60.0, bench.left()))
             report["parity_tests_passed"] = passed
             if passed is None:
                 bench.left_out.append("the rest of the parity tests: the budget was used up")
@@ -870,14 +867,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench_plot.show(report, measured_on_gpu(given.out))
     print("Written: " + ", ".join(str(file) for file in files))
     return 130 if interrupted else 1 if bench.failed or report["parity_tests_passed"] is False else 0
-
-
-def interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM is as Ctrl-C."""
-    INTERRUPTED.set()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the report is still to be written
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises in it for a DataLoader's processes, ended with ours
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import select
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import checkout  # noqa: F401
 
@@ -17,6 +19,7 @@ from cbl import config
 from cbl.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+INTERRUPTED = threading.Event()  # by SIGTERM, whose exception is lost where it strikes in a library's callback
 TABLE = "A table is no setting of a run: make reproduce-table TABLE=digits trains what it lacks and shows it."
 
 
@@ -51,6 +54,14 @@ def one_line() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _leave("Interrupted; to go on give the same command again.", status=130)
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM as Ctrl-C, for scripts that still have to write what they measured."""
+    INTERRUPTED.set()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises in it for a DataLoader's processes, ended with ours
+    raise KeyboardInterrupt
 
 
 def _nobody_reads() -> bool:

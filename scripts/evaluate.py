@@ -306,7 +306,7 @@ def table(console: "Console", title: str, header: list[str], rows: list[list[Any
     ruled = box.SIMPLE_HEAD if console.is_terminal else None
     drawn = Table(box=ruled, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:
-        drawn.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True, max_width=40)
+        drawn.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*map(str, row))
     console.print(f"\n{title}", style="bold")

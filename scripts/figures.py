@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from cbl import disk, store
 from cbl.config import nearest
 from cbl.errors import UserError
-from cbl.report import figures, paper
+from cbl.report import figures, paper, tables
 from cbl.store import Store
 
 
@@ -118,8 +118,10 @@ def main() -> None:
     if passed := figures.passed_over(found.runs):
         gammas = ", ".join(f"{gamma:g}" for _, gamma in figures.LOSSES if gamma)
         betas = ", ".join(f"{beta:g}" for beta in figures.BETAS)
-        count = "1 done run" if passed == 1 else f"{passed} done runs"
-        print(f"Not in the figures: {count}; they show γ {gammas} and β {betas} alone.", file=sys.stderr)
+        print(
+            f"Not in the figures: {tables.plural(passed, 'done run')}; they show γ {gammas} and β {betas} alone.",
+            file=sys.stderr,
+        )
     out = output_folder(arguments.out or (Path("outputs/figures") if arguments.runs else arguments.results / "figures"))
     for name in arguments.names or FIGURES:
         figure = FIGURES[name].draw(found)

@@ -169,7 +169,7 @@ def render(
         table,
         caption=f"{table.caption} Set for every run: {' '.join(changed)}." if changed else table.caption,
         notes=[*table.notes, *others],
-        changed=changed,
+        changed=(*table.changed, *changed),
     )
     formats.show(table)
     written = formats.write(table, asked.out / "tables")
@@ -210,8 +210,7 @@ def as_in_the_table(
     def settings(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in store.SETTING)
 
-    rows = [{name: None if pd.isna(value) else value for name, value in row.items()} for row in runs.to_dict("records")]
-    rows = [row | {"overrides": row["overrides"] or ""} for row in rows]
+    rows = store.plain_rows(runs)
     dtypes = {run.engine.dtype for run, _ in pairs}
     places: dict[tuple[Any, ...], dict[tuple[Any, ...], None]] = {}
     for run, official in pairs:

@@ -10,9 +10,8 @@ import hydra
 from command_line import flags_first, one_line
 from omegaconf import DictConfig
 
-from cbl import config
 from cbl.errors import UserError
-from hydra_plugins.cbl_launcher import exit_status, to_run
+from hydra_plugins.cbl_launcher import exit_status, to_run, train
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -22,12 +21,9 @@ def main(composed: DictConfig) -> None:
     except UserError as error:  # caught here, because Hydra would add a line of its own
         print(error, file=sys.stderr)
         sys.exit(2)
-    from cbl.engine import resident, streaming  # after the check: torch takes seconds to import
-
     # data -> network -> loss -> training -> record, in cbl/engine/resident.py where the images fit in the device's
     # memory, in cbl/engine/streaming.py for the large sets; with -m, hydra_plugins/ hands whole sweeps to the same two
-    ended = [streaming.train(run)] if run.dataset.name in config.LARGE else resident.train([run])
-    if status := exit_status(ended):
+    if status := exit_status(train([run])):
         sys.exit(status)
 
 

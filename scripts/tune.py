@@ -18,20 +18,18 @@ import functools
 import itertools
 import math
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from types import FrameType
 from typing import Any
 
-import checkout  # noqa: F401
 import torch
+from command_line import INTERRUPTED, interrupt
 
 from cbl import config
+from cbl.cores import usable_cores
 from cbl.engine.job import choose_device, kernels
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
@@ -41,7 +39,6 @@ TABLES = ("FORWARD", "BACKWARD_DATA", "BACKWARD_WEIGHT")
 # one table holds for all dtypes -> how far gradients may be apart, of their norm: those of ResNet-8 are by up to 0.12
 # in bf16 and 0.01 in fp32 when sums are in another order
 APART = {"bf16": 0.3, "tf32": 0.1, "fp32": 0.03}
-INTERRUPTED = threading.Event()  # by SIGTERM, whose exception is lost where it strikes in a library's callback
 Entry = tuple[str, tuple[int, int]]  # table, (channels in, channels out)
 Tile = tuple[int, ...]  # as in the tables: pixels, inputs, outputs, warps, rounds[, pixels added up]
 
@@ -231,7 +228,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bf16", "tf32", "fp32"], default="bf16", help="default bf16")
     parser.add_argument("--depth", type=int, default=32, metavar="N", help="of the ResNet; default 32")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="default 128")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="that compile; default all")
+    parser.add_argument("--processes", type=int, default=usable_cores(), metavar="N", help="that compile; default all")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="at most; default no limit")
     given = parser.parse_args(arguments)
     for name in ("lanes", "batch_size", "processes", "budget"):
@@ -291,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             pool.shutdown(cancel_futures=True)  # interrupted, it waits for those under way alone
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         descend(tiles, first, measure, sound, ready, report)
     except OutOfTime:
@@ -302,13 +299,6 @@ def main(arguments: list[str] | None = None) -> None:
         changed = [f"  {e[0]} {e[1]}: {before[e]} -> {tile}" for e, tile in tiles.items() if tile != before[e]]
         print("\n".join(changed) or "  nothing")
         print(written(before | tiles), flush=True)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM is as Ctrl-C."""
-    INTERRUPTED.set()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the tables are still to be printed
-    raise KeyboardInterrupt
 
 
 def _progress(finished: Iterable[None], total: int, in_time: Callable[[], None]) -> None:

@@ -870,6 +870,12 @@ def test_parity_tests_end_with_the_budget(
     assert len(pages) == 3 and sum("Parity tests: passed, see parity-2.txt." in page for page in pages) == 1
 
 
+def test_a_budget_of_nothing_is_used_up(benchmark: ModuleType) -> None:
+    for budget, left in (("0", 0.0), ("900", 900.0)):
+        made = benchmark.make_bench(benchmark.parse(["--device", "cpu", "--budget", budget]), CPU)
+        assert left - 60 < made.left() <= left
+
+
 def test_what_does_not_fit_into_the_budget_is_named(benchmark: ModuleType) -> None:
     bench = small_bench(benchmark, ends=0.0)
     benchmark.cifar(bench)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from cbl import config, records
 from cbl.data import digits
@@ -305,6 +306,13 @@ def test_a_terminal_gets_ruled_tables_with_nothing_cut(
     text = printed(done)
     assert "\x1b[1m" in text and "─────" in text
     assert re.sub(r"\x1b\[[\d;]*m|─", "", text).split() == words
+
+
+def test_long_class_names_are_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"a class of one's own whose name is longer than many and ends on {letter}" for letter in "ab"]
+    script["table"](Console(width=200), "Classes", ["class", "images"], [[name, 5] for name in names])
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
 
 
 def test_the_command_itself(tmp_path: Path, printed: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

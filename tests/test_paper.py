@@ -5,7 +5,7 @@ import pytest
 
 from cbl import config, longtail, records
 from cbl.errors import UserError
-from cbl.report import paper
+from cbl.report import paper, tables
 
 CELL = ["dataset", "imbalance_factor"]
 SETTING = [*CELL, "loss", "gamma", "beta"]
@@ -16,12 +16,12 @@ def test_every_figure_is_there_once():
     grids, table2, table3 = paper.grids(), paper.table2(), paper.table3()
     assert len(grids) == 375 and not grids.duplicated(SETTING).any()
     assert grids.groupby(CELL).size().tolist() == [25] * 15
-    assert set(grids["dataset"]) == set(paper.DATASETS) and set(grids["beta"]) == set(paper.BETAS)
+    assert set(grids["dataset"]) == set(IMAGES) and set(grids["beta"]) == set(paper.BETAS)
     assert set(grids["imbalance_factor"]) == set(paper.IMBALANCE_FACTORS) - {1}
     settings = {(row.loss, None if pd.isna(row.gamma) else row.gamma) for row in grids.itertuples()}
     assert settings == set(paper.LOSSES)
     assert len(table2) == 72 and not table2.duplicated([*CELL, "row"]).any()
-    assert set(table2["row"]) == set(paper.ROWS)
+    assert set(table2["row"]) == set(tables.LABELS)
     assert len(table3) == 54 and not table3.duplicated(["network", "loss", "image_size", "dataset", "metric"]).any()
     assert len(paper.table2_best()) == 12 and len(paper.table1()) == 20 and len(paper.cross_checks()) == 45
 
@@ -127,6 +127,7 @@ def test_settings_are_those_of_runs():
         assert [record[key] for key in SETTING] == [cell[key] for key in [*CELL, "loss"]] + [gamma, cell["beta"]]
 
 
-def test_missing_file_is_one_sentence(tmp_path):
+def test_missing_file_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "FOLDER", tmp_path)
     with pytest.raises(UserError, match=r"grids\.csv is missing"):
-        paper.grids(tmp_path)
+        paper.grids()

@@ -1,4 +1,4 @@
-"""The recipe against paper.md's facts of the official code: steps, learning rate, decay, image order."""
+"""The recipe against the facts of the official code: steps, learning rate, decay, image order."""
 
 import numpy as np
 import pytest

@@ -88,6 +88,20 @@ def made_up(planned: list[config.Run]) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
+    ("name", "seeds", "extra", "command"),
+    [
+        ("2", [0, 1], ["dataset.subset_seed=4"], "TABLE=2 SEEDS=0,1 SET=dataset.subset_seed=4"),
+        ("2", [3], [], "TABLE=2 SEEDS=3"),
+        ("2", [3], ["dataset.subset_seed=3,4"], "TABLE=2 SEEDS=3"),  # no one value to name
+        ("ablation_digits", [3], [], "TABLE=ablation_digits SEEDS=3"),  # each seed has a subset of its own anyhow
+    ],
+)
+def test_the_command_names_the_choice_of_images(name: str, seeds: list[int], extra: list[str], command: str) -> None:
+    table = tables.build(name, made_up(reproduce_table.plan(name, seeds, extra)))
+    assert table.command == f"make reproduce-table {command}"
+
+
+@pytest.mark.parametrize(
     ("name", "extra", "said"),
     [
         ("digits", ["recipe.epochs=80"], "Set for every run: recipe.epochs=80."),

@@ -69,6 +69,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_last_evaluation_is_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, made = evaluate.predict, []
+    monkeypatch.setattr(evaluate, "predict", lambda *given: made.append(predict(*given)) or made[-1])
+    run = digits(tmp_path, engine__eval_every=4)
+    (record,) = resident.train([run])
+    assert len(made) == 2  # after epochs 4 and 6
+    assert record["error_last"] == evaluate.error(made[1], data.load(run.dataset).test_labels) != 0
+
+
 @pytest.mark.parametrize("kind", ["softmax", "focal"])
 def test_steps_equal_a_loop_written_from_the_paper(tmp_path: Path, kind: str) -> None:
     """Twelve steps, image by image, with plain torch calls and nothing of cbl.engine but the drawn numbers.

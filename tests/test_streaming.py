@@ -632,7 +632,7 @@ def test_cost_of_a_run_on_made_up_images(tmp_path: Path) -> None:
     job = synthetic.make_job(run)
     assert (job.facts["n_train"], job.facts["n_test"], len(job.train.counts)) == (437_513, 24_426, 8142)
     assert job.last_step == 2 * 427
-    job.step([synthetic.make_batch(run, job, 2)] * 2, rate=0.1)
+    job.step(synthetic.make_batch(run, job) * 2, rate=0.1)
     assert np.isfinite(job.step.report()[0]).all()
     assert 0 < synthetic.seconds(run) < math.inf
 

@@ -321,6 +321,17 @@ def test_every_planned_run_of_the_conditions_has_its_cell(made: Any) -> None:
     assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
 
 
+def test_what_the_conditions_change_is_a_detail_of_cifar_as_any_other(made: Any) -> None:
+    """`recipe.batch_size=64` is the digits' own, and that warm-up one of their conditions."""
+    details = {"recipe.batch_size=64": {"batch_size": 64}, "recipe.warmup_epochs=20.0": {"warmup_epochs": 20}}
+    changed = [(run("cifar10_lt", 100, "softmax", recipe=recipe), 31.0) for recipe in details.values()]
+    table = tables.build("ablation", made((run("cifar10_lt", 100, "softmax"), 30.0), *changed))
+    for word in details:
+        cell = at(table.panels[0], word, "Softmax")
+        assert cell.values == (1.0,)
+        assert tables.full_label(cell.setting) == f"Softmax on CIFAR-10 IF 100 with {word}"
+
+
 @pytest.mark.parametrize("name", ["ablation", "ablation_digits"])
 def test_the_ablation_has_a_row_for_every_planned_detail(name: str) -> None:
     path = Path(__file__).parents[1] / f"configs/table/{name}.yaml"

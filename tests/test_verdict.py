@@ -10,29 +10,17 @@ from hypothesis import strategies as st
 from cbl.report import verdict
 from cbl.report.verdict import Gain
 
-ALIKE = ("dataset", "imbalance_factor", "model", "loss", "gamma", "overrides", "dtype", "epochs")
 errors = st.lists(st.floats(0, 100), min_size=1, max_size=8)
 
 
-def row(seed: int, error: float, subset_seed: int = 0, **other: object) -> dict:
-    same = dict.fromkeys(ALIKE, "same")
-    return {
-        "run_id": f"r{seed}",
-        "cell": "c",
-        "seed": seed,
-        "subset_seed": subset_seed,
-        "error_last": error,
-        **same,
-        **other,
-    }
+def row(seed: int, error: float, subset_seed: int = 0) -> dict:
+    return {"cell": "c", "seed": seed, "subset_seed": subset_seed, "error_last": error}
 
 
 def test_standard_error_has_the_noise_of_both() -> None:
     assert verdict.standard_error([30.0]) == pytest.approx(math.sqrt(0.49 + 0.49))
     assert verdict.standard_error([30.0, 40.0]) == pytest.approx(math.sqrt(0.49 + 0.49 / 2))  # two runs tell no sd
     assert verdict.standard_error([29.0, 30.0, 31.0]) == pytest.approx(math.sqrt(0.49 + 1 / 3))
-    with pytest.raises(ValueError, match="no run"):
-        verdict.standard_error([])
 
 
 @pytest.mark.parametrize(
@@ -90,16 +78,3 @@ def test_pairs_share_both_seeds() -> None:
     assert both == [(31.0, 11.0), (32.0, 12.0), (33.0, 13.0)]
     with pytest.raises(ValueError, match="same seeds"):
         verdict.pairs([row(0, 30.0), row(0, 31.0)], second)
-
-
-def test_gain_is_positive_when_class_balancing_helps() -> None:
-    plain = [row(0, 30.0, reduction="batch"), row(1, 32.0, reduction="batch"), row(2, 40.0, reduction="batch")]
-    balanced = [row(1, 28.0, reduction="weight_sum"), row(0, 29.0, reduction="weight_sum")]
-    assert verdict.paired_gain(plain, balanced) == Gain(2.5, (1.0, 4.0), 2)
-    assert verdict.paired_gain(plain, [row(7, 20.0)]) is None
-
-
-@pytest.mark.parametrize("column", ALIKE)
-def test_gain_compares_like_with_like(column: str) -> None:
-    with pytest.raises(ValueError, match=column):
-        verdict.paired_gain([row(0, 30.0)], [row(0, 29.0, **{column: "other"})])

@@ -35,7 +35,6 @@ class Source:
 class Data:
     """What a run trains and tests on: the source's images, and which of them are kept."""
 
-    name: str
     train_images: torch.Tensor  # (M, H, W, C) uint8, all of the source's, shared by every subset
     train_labels: torch.Tensor  # (M,) int64, likewise
     subset: np.ndarray  # (N,) int64, ascending: the training images that are kept
@@ -73,7 +72,6 @@ def load(dataset: config.Dataset) -> Data:
             raise UserError(why) from None
         subset = longtail.draw_subset(labels, counts, dataset.subset_seed)
     return Data(
-        name=dataset.name,
         train_images=source.train_images,
         train_labels=source.train_labels,
         subset=subset,

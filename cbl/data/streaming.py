@@ -88,7 +88,7 @@ def crop_box(width: int, height: int, image_size: int, uniform: np.ndarray) -> t
 
 
 def centre_box(width: int, height: int, image_size: int) -> tuple[int, int, int, int]:
-    """(left, top, side, side) in pixels of the crop that is evaluated (paper.md's size / (size + padding)).
+    """(left, top, side, side) in pixels of the crop that is evaluated, as in the authors' TPU code.
 
     The central square of `size / (size + padding)` of the short side, with the official padding of 32 at size 224
     and 46 at 320, that is a seventh of the size.
@@ -222,7 +222,6 @@ class Loader:
         *,
         workers: int,
         device: torch.device,
-        prefetch: int = 2,  # batches that each worker is ahead
         on_damaged: Literal["refuse", "skip"] = "refuse",
     ) -> None:
         self.index = index
@@ -243,7 +242,6 @@ class Loader:
             timeout=_TICK if workers else 0,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # so that it does not draw from everybody's
-            prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
         )
         self._loader: DataLoader | None = self._new()

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from cbl import ClassBalancedLoss, config, data
+from cbl.cores import usable_cores
 from cbl.engine import estimate, recipe, resident, streaming, synthetic
 from cbl.engine.job import Job, prepare
 from cbl.engine.micro_batches import CHECK_STEPS
@@ -77,6 +77,17 @@ def made_up(classes: int, n: int, n_test: int) -> data.Data:
 
 def make_job(size: Size, run: config.Run, classes: int = 10) -> Job:
     return prepare(run, size.device, made_up(classes, size.images, size.n_test))
+
+
+def repeated(work: Callable[[], Any], times: int, images: int) -> Unit:
+    """`work` so many times, in which so many images take part."""
+
+    def unit() -> int:
+        for _ in range(times):
+            work()
+        return images
+
+    return unit
 
 
 # -- ours --------------------------------------------------------------------------------------------------------------
@@ -163,7 +174,6 @@ def changed(size: Size, dtype: str, change: Callable[[Job], None]) -> Unit:
     job = make_job(size, run)
     change(job)
     if size.device.type == "cuda":
-        job.step.load(np.zeros((1, 4, size.batch_size)), np.zeros(1))
         job.advance = capture(job.step, [])
     return steps(size, run, job)
 
@@ -225,8 +235,7 @@ def train(
     """A step of anybody's loop."""
     with precision(dtype, x.device):
         value = loss(model(x), y)
-    # autocast is for the forward pass alone; how the products of fp32 are rounded holds for both
-    with precision("fp32" if dtype == "bf16" else dtype, x.device):
+    with precision(dtype, x.device, autocast=False):
         value.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -246,13 +255,7 @@ def bare(size: Size, dtype: str) -> Unit:
     model, loss, optimizer = plain(size, torch.channels_last)
     x = torch.randn(size.batch_size, 3, 32, 32, device=size.device).to(memory_format=torch.channels_last)
     y = torch.arange(size.batch_size, device=size.device) % 10
-
-    def unit() -> int:
-        for _ in range(size.steps):
-            train(dtype, model, loss, optimizer, x, y)
-        return size.images
-
-    return unit
+    return repeated(functools.partial(train, dtype, model, loss, optimizer, x, y), size.steps, size.images)
 
 
 class Augmented(Dataset):
@@ -287,16 +290,14 @@ def loader(size: Size, dtype: str) -> Unit:
     images = Augmented(made_up(10, size.images, size.n_test))
     endless = RandomSampler(images, replacement=True, num_samples=10**9)
     cuda = size.device.type == "cuda"
-    workers = min(4, os.cpu_count() or 1) if cuda else 0
+    workers = min(4, usable_cores()) if cuda else 0
     batches = iter(DataLoader(images, size.batch_size, sampler=endless, num_workers=workers, pin_memory=cuda))
 
-    def unit() -> int:
-        for _ in range(size.steps):
-            x, y = (part.to(size.device, non_blocking=True) for part in next(batches))
-            train(dtype, model, loss, optimizer, x, y).item()
-        return size.images
+    def step() -> None:
+        x, y = (part.to(size.device, non_blocking=True) for part in next(batches))
+        train(dtype, model, loss, optimizer, x, y).item()
 
-    return unit
+    return repeated(step, size.steps, size.images)
 
 
 # -- stacked weights: K networks as one with grouped convolutions ------------------------------------------------------
@@ -364,14 +365,7 @@ def stacked(size: Size, dtype: str, k: int) -> Unit:
     x = torch.randn(size.batch_size, 3 * k, 32, 32, device=size.device).to(memory_format=torch.channels_last)
     y = torch.arange(size.batch_size * k, device=size.device) % 10
     step = functools.partial(train, dtype, model, loss, optimizer, x, y)
-    advance = capture(step, []) if size.device.type == "cuda" else step
-
-    def unit() -> int:
-        for _ in range(size.steps):
-            advance()
-        return size.images * k
-
-    return unit
+    return repeated(capture(step, []) if size.device.type == "cuda" else step, size.steps, size.images * k)
 
 
 # -- the large sets ----------------------------------------------------------------------------------------------------
@@ -394,14 +388,13 @@ def make_large_run(device: torch.device, image_size: int, compiled: bool = False
 
 def large(run: config.Run, job: streaming.Job) -> Unit:
     """Our step over a whole batch of resident uint8 images, its micro-batches one by one; on a CPU over one of them."""
-    batch = synthetic.make_batch(run, job, job.micro_batch)
-    parts = job.batch_size // job.micro_batch if job.world.device.type == "cuda" else 1
+    batch = synthetic.make_batch(run, job)
 
     def unit() -> int:
-        job.step([batch] * parts, 0.01)
+        job.step(batch, 0.01)
         if job.step.count == CHECK_STEPS:  # as in a run: it has room for no more losses
             job.step.report()
-        return parts * job.micro_batch
+        return len(batch) * job.micro_batch
 
     return unit
 
@@ -436,7 +429,7 @@ def torchvision_recipe(run: config.Run, device: torch.device, images: int, class
 # -- a part ------------------------------------------------------------------------------------------------------------
 
 
-def loss_alone(size: Size, loss: nn.Module, number: int, repeats: int = 20) -> Unit:
+def loss_alone(size: Size, loss: nn.Module, number: int) -> Unit:
     """Forward and backward of `loss` on logits of `number` classes; captured on CUDA."""
     loss.to(size.device)
     logits = torch.randn(size.batch_size, number, device=size.device, requires_grad=True)
@@ -446,11 +439,4 @@ def loss_alone(size: Size, loss: nn.Module, number: int, repeats: int = 20) -> U
         loss(logits, target).backward()
         logits.grad = None
 
-    advance = capture(both, []) if size.device.type == "cuda" else both
-
-    def unit() -> int:
-        for _ in range(repeats):
-            advance()
-        return repeats * size.batch_size
-
-    return unit
+    return repeated(capture(both, []) if size.device.type == "cuda" else both, 20, 20 * size.batch_size)

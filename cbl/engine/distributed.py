@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cbl import config
+from cbl.cores import usable_cores
 from cbl.engine.job import choose_device
 from cbl.errors import UserError
 
@@ -93,10 +94,9 @@ def fall_out() -> None:
 
 def cores() -> int:
     """CPU cores for this process: its own as a Slurm task, else its share of the machine's; 1 or more."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "SUBMITIT_EXECUTOR" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
-        return min(usable, int(os.environ["SLURM_CPUS_PER_TASK"]))
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        return min(usable_cores(), int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _read_slurm() -> None:

@@ -26,7 +26,6 @@ def made_up(classes: int, counts: np.ndarray, n_test: int, shape: tuple[int, int
     """Random images in the form of `data.load`; few distinct ones, but as many labels and indices as asked for."""
     n = int(counts.sum())
     return data.Data(
-        name="made up",
         train_images=torch.randint(256, (n, *shape), dtype=torch.uint8),
         train_labels=torch.from_numpy(np.repeat(np.arange(classes), counts)),
         subset=np.arange(n),
@@ -122,7 +121,7 @@ def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], Non
     each = []
     for run in runs:
         choose_device(run.engine)  # what is wrong here is so for all runs, and raised
-        alike = (run.dataset.name, run.model, run.recipe.batch_size, run.engine)
+        alike = (run.dataset.name, run.dataset.image_size, run.model, run.recipe.batch_size, run.engine)
         taken = 0.0
         ends_here: tuple = (run.dataset,)  # what a failure says something of: these images, then this shape
         try:
@@ -151,7 +150,7 @@ def _whole(run: config.Run, n: int, n_test: int, per_step: float, per_test_image
     """Seconds of the steps and evaluations of `run` on `n` training and `n_test` test images."""
     steps = min(recipe.total_steps(run.recipe, n), run.engine.max_steps or n * run.recipe.epochs)
     epochs = math.ceil(steps * run.recipe.batch_size / n)
-    evaluations = math.ceil(epochs / run.engine.eval_every) + 1  # once more for the record
+    evaluations = math.ceil(epochs / run.engine.eval_every)
     return steps * per_step + evaluations * n_test * per_test_image
 
 

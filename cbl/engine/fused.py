@@ -433,7 +433,7 @@ class Fused(nn.Module):
         self.convolutions = [convolution for convolution, _ in pairs]
         self.norms = [norm for _, norm in pairs]
         self.cast = [torch.empty_like(c.weight, dtype=self.dtype) for c in self.convolutions]
-        self.tables: dict[tuple[int, tuple[int, int]], tuple[list[int], Tensor, int]] = {}
+        self.tables: dict[tuple[int, tuple[int, int]], tuple[list[int], Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -518,10 +518,7 @@ class Fused(nn.Module):
     def body_backward(self, saved: Saved, pooled: Tensor) -> list[Tensor]:
         """Gradients of weight, scale and shift of every convolution, from that of the mean (B, 64)."""
         batch, layers = len(pooled), self.layers(saved.size)
-        counts, table, size = self._table(batch, layers, pooled.device)
-        places = [0]
-        for count, weight in zip(counts, saved.weights, strict=True):
-            places.append(places[-1] + count * weight.numel())
+        places, table = self._table(batch, layers, pooled.device)
         partial = torch.empty(places[-1], device=pooled.device)
 
         def weigh(layer: Convolution, given: Tensor, g: Tensor) -> Tensor:
@@ -565,16 +562,14 @@ class Fused(nn.Module):
             g = through(first, dz, _shortcut(self.blocks[number]), g)
         weigh(layers[0], saved.x, g)
 
-        flat = torch.empty(size, device=pooled.device)
+        sizes = [c.weight.numel() for c in self.convolutions]
+        flat = torch.empty(sum(sizes), device=pooled.device)
         _add_partials[(len(table),)](partial, flat, table, ADD_BLOCK, ADD_AT_ONCE)
-        norms = torch.cat(saved.gradient_sums).float()
-        found, at, at_norm = [], 0, 0
-        for layer, convolution in zip(layers, self.convolutions, strict=True):
-            weight = convolution.weight
-            found.append(flat.as_strided(weight.shape, weight.stride(), at))
-            at += weight.numel()
-            found += [norms[at_norm + layer.co : at_norm + 2 * layer.co], norms[at_norm : at_norm + layer.co]]
-            at_norm += 2 * layer.co
+        norms = torch.cat(saved.gradient_sums).float().split([2 * layer.co for layer in layers])
+        found = []
+        for convolution, part, both in zip(self.convolutions, flat.split(sizes), norms, strict=True):
+            shift, scale = both.chunk(2)
+            found += [part.as_strided(convolution.weight.shape, convolution.weight.stride()), scale, shift]
         return found
 
     def _tiles(self, table: Mapping[tuple[int, int], tuple[int, ...]], layer: Convolution) -> tuple[int, ...]:
@@ -587,20 +582,20 @@ class Fused(nn.Module):
         shape = (before + _pixels(batch, size) + TAIL.value, channels)
         return torch.empty(shape, dtype=self.dtype, device=like.device)[before:]
 
-    def _table(self, batch: int, layers: Sequence[Convolution], device: torch.device) -> tuple[list[int], Tensor, int]:
-        """Partial sums of each convolution, `_add_partials`'s table of what to add, elements of the result."""
+    def _table(self, batch: int, layers: Sequence[Convolution], device: torch.device) -> tuple[list[int], Tensor]:
+        """Where the partial sums of each convolution begin, and of the last end; `_add_partials`'s table of them."""
         key = batch, layers[0].size_in
         if key not in self.tables:
-            counts, rows, source, target = [], [], 0, 0
+            places, rows, target = [0], [], 0
             for layer, convolution in zip(layers, self.convolutions, strict=True):
                 each = BACKWARD_WEIGHT[layer.ci, layer.co][-1]
                 count = triton.cdiv(_pixels(batch, layer.size_out), each)
                 size = convolution.weight.numel()
                 for first in range(0, size, ADD_BLOCK):
-                    rows.append([source + first, target + first, size, count, size - first])
-                counts.append(count)
-                source, target = source + count * size, target + size
-            self.tables[key] = counts, torch.tensor(rows, device=device), target
+                    rows.append([places[-1] + first, target + first, size, count, size - first])
+                places.append(places[-1] + count * size)
+                target += size
+            self.tables[key] = places, torch.tensor(rows, device=device)
         return self.tables[key]
 
 

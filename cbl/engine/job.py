@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
 from cbl import config, data, models
@@ -91,7 +90,6 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
 
     advance: Callable[[], None] = step
     if device.type == "cuda" and run.engine.capture:
-        step.load(np.zeros((1, 4, batch_size)), np.zeros(1))
         momentum = [kept["momentum_buffer"] for kept in optimizer.state.values()]
         changed = [*model.parameters(), *model.buffers(), *momentum, step.at, step.losses]
         advance = capture(step, changed)
@@ -137,8 +135,8 @@ def _fused(model: Any, size: tuple[int, int]) -> ModuleType:
     fused = kernels()
     if not fused.supports(model, size):
         raise UserError(
-            f"engine.fused=true computes images of 1 or 3 channels whose sides 4 divides, and no model.shortcut="
-            f"projection, not this network on {size[0]} x {size[1]} pixels: set engine.fused=false."
+            f"engine.fused=true computes images of 1 or 3 channels whose sides 4 divides, at most 124 pixels wide, and "
+            f"no model.shortcut=projection, not this network on {size[0]} x {size[1]} pixels: set engine.fused=false."
         )
     return fused
 

@@ -113,8 +113,7 @@ class Step:
         with precision(self.dtype, self.world.device):
             logits = self.forward(self.scaling(images))  # (B, C)
             loss = self.loss(logits, target).sum() / divisor
-        # autocast is for the forward pass alone; how the products of fp32 are rounded holds for both
-        with precision("fp32" if self.dtype == "bf16" else self.dtype, self.world.device):
+        with precision(self.dtype, self.world.device, autocast=False):
             (loss * self.world.size).backward()  # DistributedDataParallel takes the mean over processes
         return loss.detach()
 

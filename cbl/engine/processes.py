@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cbl import config, records, tracking
+from cbl.cores import usable_cores
 from cbl.errors import UserError
 
 
@@ -27,8 +28,7 @@ def count(runs: Sequence[config.Run]) -> int:
     on_cpu = devices <= {"cpu"} or (devices <= {"cpu", "auto"} and not torch.cuda.is_available())
     if not on_cpu or not runs:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(len(runs), cores // max(run.engine.threads or 1 for run in runs)))
+    return max(1, min(len(runs), usable_cores() // max(run.engine.threads or 1 for run in runs)))
 
 
 def train(

@@ -2,10 +2,14 @@
 
 import contextlib
 import time
+import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cbl.errors import UserError
 
 PLAIN_SECONDS = 15.0  # between two plain lines of one run, at the ends of epochs
 SILENT_SECONDS = 60.0  # after so long a plain line in the middle of an epoch too
@@ -125,3 +129,25 @@ class Line:
     def close(self) -> None:
         if self.display.bars and self.task is not None:
             self.display.bars.remove_task(self.task)
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What the record says of a run that failed."""
+    if isinstance(error, UserError):
+        return {"status": "failed", "failure": str(error)}
+    with contextlib.suppress(OSError):  # nobody may read it any more
+        traceback.print_exception(error)  # a defect of ours: all of it
+    return {"status": "failed", "failure": repr(error)}
+
+
+def closing_line(record: dict[str, Any]) -> str:
+    name = record["run_id"]
+    if record["status"] == "failed":
+        return f"{name}: failed. {record['failure']}"
+    if record["status"] != "done":
+        return f"{name}: {record.get('skipped', 'stopped, the same command goes on')}"
+    top5 = f" (top-5 {record['error_top5']:.2f} %)" if "error_top5" in record else ""
+    shown = f"{name}: error {record['error_last']:.2f} %{top5} after the last step, best {record['error_best']:.2f} %"
+    if "skipped" in record:
+        return f"{shown} ({record['skipped']})"
+    return f"{shown}, {record['seconds']:.0f} s, {record['images_per_second']:,.0f} images/s"

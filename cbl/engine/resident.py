@@ -9,7 +9,6 @@ import contextlib
 import math
 import reprlib
 import time
-import traceback
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from cbl import config, data, disk, records, tracking
 from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
 from cbl.engine.job import Job, choose_device, prepare, say_if_emulated
-from cbl.engine.progress import Display, Line
+from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.errors import UserError
 
 Journey = Generator[None, None, dict[str, Any]]
@@ -40,7 +39,7 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
 
     def end(number: int, record: dict[str, Any]) -> None:
         ended[number] = record
-        display.end(_closing_line(record))
+        display.end(closing_line(record))
 
     try:
         for number, run in enumerate(runs):
@@ -48,7 +47,7 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
                 try:
                     end(number, _done(run, folder))
                 except UserError as error:  # it cannot be read, or is of other images
-                    end(number, records.new_record(run) | _failure(error))
+                    end(number, records.new_record(run) | failure(error))
         waiting = [number for number in range(len(runs)) if number not in ended]
         left = [runs[number] for number in waiting]
         say_if_emulated(left, display.say)
@@ -135,14 +134,14 @@ def journey(
                 if may_fit_later(error):
                     raise
                 if record["status"] != "failed":  # it came before the training
-                    record |= _failure(error)
+                    record |= failure(error)
                 with contextlib.suppress(UserError):  # on a full disk it stays as it was: running
                     records.write_record(folder, record)
             return record
     except Exception as error:
         if may_fit_later(error):
             raise
-        return record | _failure(error)
+        return record | failure(error)
 
 
 def live(
@@ -175,12 +174,13 @@ def live(
     line = display.run(record["run_id"], job.last_step, run.recipe.batch_size, state["step"])
     try:
         # ---- train
-        yield from fit(run, job, state, folder, line, tracker, deadline)
+        logits = yield from fit(run, job, state, folder, line, tracker, deadline)
         record |= {"steps": state["step"], "seconds": round(state["seconds"], 2)}
 
         # ---- record; the marker comes last
         if state["step"] == job.last_step:
-            record |= evaluate.measure(job.predict(), job.test_labels, job.images.counts)
+            logits = job.predict() if logits is None else logits
+            record |= evaluate.measure(logits, job.test_labels, job.images.counts)
             record |= {"status": "done", "error_best": state["best_error"]}
             trained = state["step"] * run.recipe.batch_size
             record["images_per_second"] = round(trained / max(state["train_seconds"], 1e-9), 1)
@@ -190,7 +190,7 @@ def live(
             records.mark_done(folder)
     except Exception as error:
         if not may_fit_later(error):
-            record |= _failure(error)  # before W&B's page is closed, which says it too
+            record |= failure(error)  # before W&B's page is closed, which says it too
         raise
     finally:
         line.close()
@@ -223,14 +223,6 @@ def _done(run: config.Run, folder: Path) -> dict[str, Any]:
     return record | {"skipped": "done before"}
 
 
-def _failure(error: Exception) -> dict[str, str]:
-    if isinstance(error, UserError):
-        return {"status": "failed", "failure": str(error)}
-    with contextlib.suppress(OSError):  # nobody may read it any more
-        traceback.print_exception(error)  # a defect of ours: all of it
-    return {"status": "failed", "failure": repr(error)}
-
-
 def fit(
     run: config.Run,
     job: Job,
@@ -239,10 +231,13 @@ def fit(
     line: Line,
     tracker: tracking.Tracker,
     deadline: float,
-) -> Generator[None, None, None]:
-    """The training loop; keeps `state`, what a checkpoint holds besides the weights, up to date."""
+) -> Generator[None, None, torch.Tensor | None]:
+    """The training loop; keeps `state`, what a checkpoint holds besides the weights, up to date.
+
+    Returns the logits after the last step; None when it was not reached, or had been reached before.
+    """
     if state["step"] == job.last_step:
-        return  # killed after its last step, before its record
+        return None  # killed after its last step, before its record
     n, saved = len(job.images.subset), time.monotonic()
     epochs = job.stream.epochs(run.recipe, first=state["epoch"])
     ahead = next(epochs)
@@ -283,7 +278,8 @@ def fit(
         last = state["step"] == job.last_step
         error = None
         if due:
-            error = evaluate.error(job.predict() if logits is None else logits, job.test_labels)
+            logits = job.predict() if logits is None else logits
+            error = evaluate.error(logits, job.test_labels)
             state["best_error"] = min(error, state["best_error"] if state["best_error"] is not None else error)
         state["seconds"] += time.monotonic() - began
 
@@ -308,7 +304,7 @@ def fit(
             checkpoint.save(folder, job.model, job.optimizer, state)
             saved = time.monotonic()
         if ending:
-            return
+            return logits if last else None
 
 
 def _mark(cuda: bool) -> torch.cuda.Event | None:
@@ -343,15 +339,3 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
     display.say(f"class weights  {listed(weights, '.4f')}")
     resumed = f", goes on from step {state['step']:,}" if state["step"] else ""
     display.say(f"{job.last_step:,} steps of {run.recipe.batch_size} images{resumed}")
-
-
-def _closing_line(record: dict[str, Any]) -> str:
-    name = record["run_id"]
-    if record["status"] == "failed":
-        return f"{name}: failed. {record['failure']}"
-    if record["status"] != "done":
-        return f"{name}: {record.get('skipped', 'stopped, the same command goes on')}"
-    shown = f"{name}: error {record['error_last']:.2f} % after the last step, best {record['error_best']:.2f} %"
-    if "skipped" in record:
-        return f"{shown} ({record['skipped']})"
-    return f"{shown}, {record['seconds']:.0f} s, {record['images_per_second']:,.0f} images/s"

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from cbl.engine.step import precision
+
 _WRITE_ONLY = {"copy_", "fill_", "zero_"}
 _GATHERS = {"index_select", "index", "gather"}  # read of their source what they return
 
@@ -117,12 +119,8 @@ def measure_rates(device: torch.device, dtype: str) -> Rates:
     kinds = {torch.bfloat16} if dtype == "bf16" else {torch.float32}
     if not big:
         kinds.add(torch.float32)  # a processor without bfloat16 arithmetic computes in float32 and is slow at the rest
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
+    with precision(dtype, device, autocast=False):
         product = min(_product_seconds(size, kind, device) for kind in kinds)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
     return Rates(2 * source.nbytes / copy, 2 * size**3 / product)
 
 

@@ -16,13 +16,16 @@ from cbl.data import augment
 
 
 @contextlib.contextmanager
-def precision(dtype: str, device: torch.device) -> Iterator[None]:
-    """fp32 is true fp32 on a GPU too; tf32 rounds the inputs of its products; bf16 is autocast."""
+def precision(dtype: str, device: torch.device, autocast: bool = True) -> Iterator[None]:
+    """fp32 is true fp32 on a GPU too; tf32 rounds the inputs of its products; bf16 is autocast.
+
+    Backward without `autocast`, which is for the forward pass alone: the rounding of fp32's products holds for both.
+    """
     cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     try:
         # each weight is cast once per step in any case, and a cache would keep tensors of a captured graph
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast and dtype == "bf16", cache_enabled=False):
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
@@ -93,8 +96,7 @@ class Step:
         with precision(self.dtype, self.device):
             logits = self.model((self.augmented or self._augmented)(drawn))  # (B, C)
             loss = self.loss(logits, self.labels.index_select(0, drawn[0]))
-        # autocast is for the forward pass alone; how the products of fp32 are rounded holds for both
-        with precision("fp32" if self.dtype == "bf16" else self.dtype, self.device):
+        with precision(self.dtype, self.device, autocast=False):
             loss.backward()
         self.rate.copy_(self.rates.index_select(0, self.at)[0])
         self.optimizer.step()

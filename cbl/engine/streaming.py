@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from cbl.engine import checkpoint, distributed, recipe
 from cbl.engine.distributed import World
 from cbl.engine.job import device_name, say_if_emulated
 from cbl.engine.micro_batches import CHECK_STEPS, Step
-from cbl.engine.progress import Display, Line
+from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.engine.step import precision, sgd
 from cbl.engine.tally import Tally
 from cbl.errors import UserError
@@ -52,20 +51,16 @@ def train(run: config.Run, deadline: float = math.inf) -> dict[str, Any]:
         try:
             record = journey(run, record, folder, display, held, deadline)
         except Exception as error:
-            expected = isinstance(error, UserError)
-            if not expected:
-                with contextlib.suppress(OSError):  # nobody may read it any more
-                    traceback.print_exc()  # a defect of ours: all of it
-            record |= {"status": "failed", "failure": str(error) if expected else repr(error)}
+            record |= failure(error)
             if not leads:
                 record["failure"] = f"Process {distributed.rank()}: {record['failure']}"
                 with contextlib.suppress(OSError):
                     print(record["failure"], file=sys.stderr)
             if "n_train" in record:  # it came with the lock: before, the folder may be another process's
                 with contextlib.suppress(UserError):  # on a full disk the record stays as it was: running
-                    _write_failure(folder, record, leads, expected)
+                    _write_failure(folder, record, leads, isinstance(error, UserError))
             distributed.fall_out()
-        display.end(_closing_line(record))
+        display.end(closing_line(record))
     return record
 
 
@@ -173,9 +168,13 @@ class Job:
     last_step: int  # steps when the run is over
     facts: dict[str, Any]  # what they add to the record
 
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step in this process."""
+        return self.batch_size // (self.world.size * self.micro_batch)
+
     def batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """This process's micro-batches of each step of the epoch, images (B, S, S, 3) uint8 and labels (B,)."""
-        each = self.batch_size // (self.world.size * self.micro_batch)
         parts = self.training.training(
             self.seed,
             epoch,
@@ -183,9 +182,9 @@ class Job:
             first_step=first_step,
             rank=self.world.rank,
             world=self.world.size,
-            accumulation=each,
+            accumulation=self.parts,
         )
-        while batch := list(itertools.islice(parts, each)):
+        while batch := list(itertools.islice(parts, self.parts)):
             yield batch
 
     def damaged(self) -> dict[str, str]:
@@ -436,9 +435,8 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
     """What the run is, and how a batch is spread."""
     counts, weights = job.train.counts, job.facts["class_weights"]
     head, tail = int(counts.argmax()), int(counts.argmin())
-    each = job.batch_size // (job.world.size * job.micro_batch)
     processes = f"{job.world.size} process{'es' if job.world.size > 1 else ''}"
-    spread = f"{processes} × {each} micro-batch{'es' if each > 1 else ''} of {job.micro_batch}"
+    spread = f"{processes} × {job.parts} micro-batch{'es' if job.parts > 1 else ''} of {job.micro_batch}"
     resumed = f", goes on from step {state['step']:,}" if state["step"] else ""
     display.say(f"{config.run_id(run)} on {job.facts['device']}, {run.engine.dtype}")
     say_if_emulated([run], display.say)
@@ -456,15 +454,3 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
     if job.step.image_bytes is not None:
         display.say(f"{job.step.image_bytes / 2**20:.1f} MiB of the device's memory an image")
     display.say(f"{job.last_step:,} steps of {job.batch_size} images ({spread}){resumed}")
-
-
-def _closing_line(record: dict[str, Any]) -> str:
-    name = record["run_id"]
-    if record["status"] == "failed":
-        return f"{name}: failed. {record['failure']}"
-    if record["status"] != "done":
-        return f"{name}: {record.get('skipped', 'stopped, the same command goes on')}"
-    shown = f"{name}: error {record['error_last']:.2f} % (top-5 {record['error_top5']:.2f} %) after the last step"
-    if "skipped" in record:
-        return f"{shown} ({record['skipped']})"
-    return f"{shown}, {record['seconds']:.0f} s, {record['images_per_second']:,.0f} images/s"

@@ -47,11 +47,12 @@ def make_job(run: config.Run, device: torch.device | None = None) -> streaming.J
     return job
 
 
-def make_batch(run: config.Run, job: streaming.Job, images: int) -> tuple[Tensor, Tensor]:
-    """A micro-batch as the loader yields it: (B, S, S, 3) uint8 and (B,), on the device."""
-    size, device = run.dataset.image_size, job.world.device
+def make_batch(run: config.Run, job: streaming.Job) -> list[tuple[Tensor, Tensor]]:
+    """As `job.batches` yields it, one micro-batch again and again: of a whole step on a GPU, on a CPU only once."""
+    images, size, device = job.micro_batch, run.dataset.image_size, job.world.device
     pixels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8, device=device)
-    return pixels, torch.randint(len(job.train.counts), (images,), device=device)
+    labels = torch.randint(len(job.train.counts), (images,), device=device)
+    return [(pixels, labels)] * (job.parts if device.type == "cuda" else 1)
 
 
 def seconds(run: config.Run) -> float:
@@ -81,15 +82,14 @@ _rates: dict[tuple, tuple[float, float]] = {}  # seconds for a training and for 
 def _measure(run: config.Run) -> tuple[float, float]:
     job = make_job(run)
     steps = 3 if job.world.device.type == "cuda" else 1
-    batch = make_batch(run, job, job.micro_batch)
-    parts = job.batch_size // job.micro_batch if job.world.device.type == "cuda" else 1
-    trained = _median(lambda: job.step([batch] * parts, 0.0), job, steps) / (parts * job.micro_batch)
+    batch = make_batch(run, job)
+    trained = _median(lambda: job.step(batch, 0.0), job, steps) / (len(batch) * job.micro_batch)
     job.model.eval()
 
     @torch.no_grad()
     def look() -> None:
         with precision(run.engine.dtype, job.world.device):
-            job.model(job.step.scaling(batch[0]))
+            job.model(job.step.scaling(batch[0][0]))
 
     return trained, _median(look, job, steps) / job.micro_batch
 

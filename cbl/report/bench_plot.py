@@ -103,14 +103,14 @@ def one_run(report: dict[str, Any]) -> Table:
         bare = select(report, "one run", name=BARE, dtype=row["dtype"])
         rate, turns = row["images_per_second"], row["turns"]
         rows.append([row["name"], row["dtype"], number(rate), number(min(turns)), number(max(turns)), str(len(turns))])
-        rows[-1] += [number(row["milliseconds"], 2), ratio(rate, bare, "images_per_second"), number(row["mebibytes"])]
+        rows[-1] += [number(row["milliseconds"], 2), ratio(rate, bare), number(row["mebibytes"])]
     sizes = {f"ResNet-{row['depth']}, batch {row['batch_size']}" for row in select(report, "one run")}
     return Table(f"One run at a time, {', '.join(sizes)}", columns, rows)
 
 
-def ratio(value: float, found: list[Row], field: str) -> str:
-    """`value` over that of the first row found."""
-    return number(value / found[0][field], 2) if found else ""
+def ratio(rate: float, found: list[Row]) -> str:
+    """Images/s over those of the first row found."""
+    return number(rate / found[0]["images_per_second"], 2) if found else ""
 
 
 def floor(report: dict[str, Any]) -> Table:
@@ -143,7 +143,7 @@ def many(report: dict[str, Any]) -> Table:
         one = [one for one in alike if one["name"] == row["name"]] or alike  # one run is stacked on nothing
         rate = row["images_per_second"]
         rows.append([row["name"], row["dtype"], str(row["runs"]), number(rate), number(rate / row["runs"])])
-        rows[-1] += [ratio(rate, one, "images_per_second"), number(row["mebibytes"])]
+        rows[-1] += [ratio(rate, one), number(row["mebibytes"])]
     return Table("Many runs at once", columns, rows)
 
 

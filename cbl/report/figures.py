@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from cbl import class_counts, disk, effective_number
+from cbl import class_counts, disk, effective_number, store
 from cbl.config import Dataset, Recipe
 from cbl.report import formats, tables
 from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
@@ -510,7 +510,8 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     """
     curves = curves[curves["test_error"].notna()]
     runs = runs[runs["run_id"].isin(curves["run_id"])]
-    rows_of = {row["run_id"]: row for rows in done_runs(runs).values() for row in rows}
+    done = done_runs(runs)
+    rows_of = {row["run_id"]: row for rows in done.values() for row in rows}
     [panel, *_] = tables.build("drop", runs).panels
     found: dict[str, list[tuple[int, Row]]] = {}  # the drop's epoch and the run, by column
     for epoch, (_, cells) in zip(tables.DROPS, panel.rows, strict=True):
@@ -534,7 +535,7 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
             place = {"transform": ax.get_xaxis_transform(), "ha": "center", "color": colour}
             ax.text(points["epoch"].iloc[-1], 0.03, f"{row['error_last']:.1f}", **place)
         setting = tables.setting_of(moved[0][1])
-        for row in done_runs(runs).get(setting, []):
+        for row in done.get(setting, []):
             if row["dtype"] == moved[0][1]["dtype"] and tables.seed_label(row) == seed:
                 points = curves[(curves["run_id"] == row["run_id"]) & (curves["epoch"] > tables.DROPS[0] - 40)]
                 ax.plot(points["epoch"], points["test_error"], color="#aaaaaa", zorder=1)
@@ -603,8 +604,7 @@ def head_against_tail(runs: pd.DataFrame) -> Figure | None:
 
 def _printed(grids: pd.DataFrame) -> dict[Setting, float]:
     """The paper's errors by setting, %."""
-    rows = grids.astype("object").where(grids.notna(), None).to_dict("records")
-    return {Setting(**{name: row[name] for name in Setting._fields[:5]}): row["error"] for row in rows}
+    return {tables.setting_of(row): row["error"] for row in store.plain_rows(grids)}
 
 
 def _means(found: Done) -> dict[Setting, float]:

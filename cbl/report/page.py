@@ -16,7 +16,7 @@ import pandas as pd
 from cbl.config import Recipe
 from cbl.report.formats import MARKS, common_n, is_lowest, lowest, paper_text, signed, text
 from cbl.report.readme import findings, not_run, what_was_run
-from cbl.report.tables import TITLES, Cell, Panel, Table, plural, setting_label
+from cbl.report.tables import TITLES, Cell, Panel, Table, kinds, plural, setting_label
 from cbl.report.verdict import interval_name
 
 LARGEST_FIGURE = 400_000  # bytes of an SVG that is taken in
@@ -112,7 +112,7 @@ def _section(table: Table) -> str:
     parts.append(f"<p><code>{escape(table.command)}</code></p>\n<p>{escape(table.caption)}</p>")
     parts.append(f"<details><summary>How to read it</summary><p>{escape(table.legend)}</p></details>")
     for panel in table.panels:
-        if "best" in {cell.kind for cell in panel.cells()}:
+        if "best" in kinds(panel.cells()):
             parts.append(f"<details><summary>{escape(panel.title)}</summary>\n{_panel(panel)}</details>")
         else:
             parts.append(f"<h3>{escape(panel.title)}</h3>\n{_panel(panel)}")

@@ -12,12 +12,10 @@ from cbl import records
 from cbl.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "results" / "paper"
-DATASETS = ("cifar10_lt", "cifar20_lt", "cifar100_lt")
 IMBALANCE_FACTORS = (200, 100, 50, 20, 10, 1)  # as the tables' columns run; the grids end at 10
 BETAS = (0.0, 0.9, 0.99, 0.999, 0.9999)
 LOSSES = (("softmax", None), ("sigmoid", None), ("focal", 0.5), ("focal", 1.0), ("focal", 2.0))  # kind, gamma
 _PLAIN = {f"{loss}_g{gamma:g}" if gamma else loss: (loss, gamma) for loss, gamma in LOSSES}
-ROWS = (*_PLAIN, "class_balanced")  # of Table 2
 # What runs.csv does not have.
 _TYPES = {"classes": "Int64", "largest_class": "Int64", "smallest_class": "Int64", "ratio": "Float64"} | {
     "image_size": "Int64",
@@ -25,18 +23,18 @@ _TYPES = {"classes": "Int64", "largest_class": "Int64", "smallest_class": "Int64
 }
 
 
-def table1(folder: Path = FOLDER) -> pd.DataFrame:
+def table1() -> pd.DataFrame:
     """Table 1 and the counts behind it: one row per data set and imbalance factor, 20 in all."""
-    return _read(folder, "table1")
+    return _read("table1")
 
 
-def table2(folder: Path = FOLDER) -> pd.DataFrame:
+def table2() -> pd.DataFrame:
     """The 72 cells of Table 2, each with its settings: dataset, imbalance_factor, row, loss, gamma, beta, error.
 
-    `row` is one of `ROWS`. The class-balanced row takes its settings from `table2_best`.
+    `row` is one of `cbl.report.tables.LABELS`. The class-balanced row takes its settings from `table2_best`.
     """
-    cells = _read(folder, "table2")
-    best = table2_best(folder).assign(row="class_balanced")
+    cells = _read("table2")
+    best = table2_best().assign(row="class_balanced")
     plain = [
         {"dataset": d, "imbalance_factor": f, "row": row, "loss": loss, "gamma": gamma, "beta": 0.0}
         for d, f in zip(best["dataset"], best["imbalance_factor"], strict=True)
@@ -47,31 +45,31 @@ def table2(folder: Path = FOLDER) -> pd.DataFrame:
     return cells[["dataset", "imbalance_factor", "row", "loss", "gamma", "beta", "error"]]
 
 
-def table2_best(folder: Path = FOLDER) -> pd.DataFrame:
+def table2_best() -> pd.DataFrame:
     """What stands behind Table 2's class-balanced row, a row per column: dataset, imbalance_factor, loss, gamma, beta.
 
     At imbalance factor 1 all weights are 1 and the cell is the sigmoid run, beta 0.
     """
-    return _read(folder, "table2_best")
+    return _read("table2_best")
 
 
-def grids(folder: Path = FOLDER) -> pd.DataFrame:
+def grids() -> pd.DataFrame:
     """Figs 8 to 10, 375 cells: dataset, imbalance_factor, loss, gamma, beta, error."""
-    return _read(folder, "grids")
+    return _read("grids")
 
 
-def table3(folder: Path = FOLDER) -> pd.DataFrame:
+def table3() -> pd.DataFrame:
     """Table 3, 54 figures: network, loss, gamma, beta, image_size, dataset, metric (top1 or top5), error."""
-    return _read(folder, "table3")
+    return _read("table3")
 
 
-def cross_checks(folder: Path = FOLDER) -> pd.DataFrame:
+def cross_checks() -> pd.DataFrame:
     """What others report for the same settings; `independent` says whether they ran it (yes) or copied it (no)."""
-    return _read(folder, "cross_checks")
+    return _read("cross_checks")
 
 
-def _read(folder: Path, name: str) -> pd.DataFrame:
-    path = Path(folder) / f"{name}.csv"
+def _read(name: str) -> pd.DataFrame:
+    path = FOLDER / f"{name}.csv"
     try:
         return _typed(pd.read_csv(path, dtype="str", keep_default_na=False))
     except FileNotFoundError:

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from cbl import store
 from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
 from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
-from cbl.report.verdict import SAME, bootstrap, interval_name, verdict
+from cbl.report.verdict import bootstrap, interval_name, verdict
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMED = 3  # cells named in a sentence; the others are counted
@@ -196,7 +197,7 @@ def _moved(table: Table) -> list[str]:
 def _dtypes(runs: pd.DataFrame) -> list[str]:
     """Every dtype against fp32, on pairs of runs that are alike in all else, seeds included."""
     done = runs[(runs["status"] == "done") & runs["error_last"].notna()]
-    alike = [name for name in (*SAME, "beta", "reduction", "seed", "subset_seed") if name != "dtype"]
+    alike = [*store.SETTING, "seed", "subset_seed"]
     paired = done.merge(done[done["dtype"] == "fp32"], on=alike, suffixes=("", "_fp32"))
     said = []
     for dtype, found in paired[paired["dtype"] != "fp32"].groupby("dtype"):

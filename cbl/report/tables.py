@@ -14,15 +14,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cbl import longtail
+from cbl import longtail, store
 from cbl.config import nearest
 from cbl.errors import UserError
 from cbl.report import paper as printed
-from cbl.report.verdict import Row, Verdict, bootstrap, difference, paired_gain, pairs, verdict
+from cbl.report.verdict import Row, Verdict, bootstrap, difference, pairs, verdict
 
 GRIDS = {"grid10": ("cifar10_lt", 8), "grid20": ("cifar20_lt", 9), "grid100": ("cifar100_lt", 10)}  # the paper's figure
 FACTORS = [float(factor) for factor in printed.IMBALANCE_FACTORS if factor > 1]  # of the grids
 NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "conditions", "drop", "3"]
+SUBSET_BY_SEED = ("ablation_digits", "conditions")  # in their configs/table/*.yaml
 TITLES = {
     "digits_lt": "digits",
     "cifar10_lt": "CIFAR-10",
@@ -210,35 +211,27 @@ def build(name: str, runs: pd.DataFrame, counts: Mapping[str, Sequence[int]] | N
     table = _build(name, done, counts or {})
     shown = {run_id for panel in table.panels for cell in panel.cells() for run_id in cell.run_ids}
     rows = [row for rows in done.values() for row in rows if row["run_id"] in shown]
+    # at imbalance factor 1 nothing is drawn
+    drawn = [] if name in SUBSET_BY_SEED else [row for row in rows if row["imbalance_factor"] != 1]
+    subsets = {int(row["subset_seed"]) for row in drawn}
     return replace(
         table,
         notes=[*table.notes, *_two_devices(table, {row["run_id"]: row["device"] for row in rows})],
         seeds=tuple(sorted({int(row["seed"]) for row in rows})),
         dtype=rows[0]["dtype"] if rows else "",  # one for all: `one_dtype`
+        changed=tuple(f"dataset.subset_seed={subset}" for subset in subsets if subset) if len(subsets) == 1 else (),
     )
 
 
 def _build(name: str, done: Done, counts: Mapping[str, Sequence[int]]) -> Table:
-    match name:
-        case "digits":
-            return digits(done)
-        case "1":
-            return table1(counts)
-        case "2":
-            return table2(done)
-        case "ablation":
-            return ablation(done)
-        case "ablation_digits":
-            return ablation_digits(done)
-        case "conditions":
-            return conditions(done)
-        case "drop":
-            return drop(done)
-        case "3":
-            return table3(done)
-        case _ if name in GRIDS:
-            return grid(name, done)
-    raise UserError(f"There is no table '{name}'{nearest(name, NAMES)}")
+    if name not in NAMES:
+        raise UserError(f"There is no table '{name}'{nearest(name, NAMES)}")
+    if name == "1":
+        return table1(counts)
+    if name in GRIDS:
+        return grid(name, done)
+    makers = {"digits": digits, "2": table2, "3": table3, "ablation": ablation, "ablation_digits": ablation_digits}
+    return (makers | {"conditions": conditions, "drop": drop})[name](done)
 
 
 # -- from runs to cells ------------------------------------------------------------------------------------------------
@@ -247,9 +240,9 @@ def _build(name: str, done: Done, counts: Mapping[str, Sequence[int]]) -> Table:
 def done_runs(runs: pd.DataFrame) -> Done:
     """Rows of runs.csv that are done, by setting; all dtypes are still together."""
     runs = runs[(runs["status"] == "done") & runs["error_last"].notna() & runs["beta"].notna()]
-    runs = runs.sort_values(["subset_seed", "seed", "run_id"], kind="stable").astype("object")
+    runs = runs.sort_values(["subset_seed", "seed", "run_id"], kind="stable")
     done: dict[Setting, list[Row]] = {}
-    for row in runs.where(runs.notna(), None).to_dict("records"):
+    for row in store.plain_rows(runs):
         departures = (row["overrides"] or "").split()
         if row["beta"] > 0 and row["reduction"] != "batch":  # at beta 0 both divide by the batch size
             departures.append(f'loss.reduction="{row["reduction"]}"')
@@ -328,10 +321,8 @@ def paired_cell(
     """
     rows, others = ([row for row in done.get(s, []) if row.get(column) is not None] for s in (setting, other))
     both = pairs(rows, others)
-    values = [row[column] - base[column] for row, base in both]
-    if kind == "gain":
-        values = [-value for value in values]
-    mean = paired_gain(others, rows) if kind == "gain" else bootstrap(values)
+    values = [(base[column] - row[column]) if kind == "gain" else (row[column] - base[column]) for row, base in both]
+    mean = bootstrap(values)
     return Cell(
         kind,
         setting,
@@ -433,7 +424,7 @@ def digits(done: Done) -> Table:
 def table1(counts: Mapping[str, Sequence[int]]) -> Table:
     """Table 1: what `longtail.class_counts` computes against the paper and the official code's own counts."""
     rows = []
-    for row in printed.table1().to_dict("records"):
+    for row in store.plain_rows(printed.table1()):
         name, factor = row["dataset"], row["imbalance_factor"]
         if name in SIZES:
             found = longtail.class_counts(SIZES[name][0], factor, SIZES[name][1])
@@ -447,7 +438,7 @@ def table1(counts: Mapping[str, Sequence[int]]) -> Table:
             Cell(
                 "count",
                 Setting(name, factor, "", None, 0.0),
-                None if pd.isna(row[key]) else float(row[key]),
+                None if row[key] is None else float(row[key]),
                 () if value is None else (float(value),),
             )
             for key, value in zip(names, computed, strict=True)
@@ -467,7 +458,7 @@ def table1(counts: Mapping[str, Sequence[int]]) -> Table:
 
 def table2(done: Done) -> Table:
     """Table 2: the five plain losses, and the class-balanced loss at the setting that was the paper's best."""
-    cells = {(row["dataset"], row["row"], row["imbalance_factor"]): row for row in _plain_rows(printed.table2())}
+    cells = {(row["dataset"], row["row"], row["imbalance_factor"]): row for row in store.plain_rows(printed.table2())}
     datasets = ("cifar10_lt", "cifar100_lt")
     factors = [*FACTORS, 1.0]
     settings = {key: setting_of(row) for key, row in cells.items()}
@@ -517,7 +508,7 @@ def table2(done: Done) -> Table:
 def grid(name: str, done: Done) -> Table:
     """Fig. 8, 9 or 10: the whole search on one data set, 25 settings x 5 imbalance factors."""
     dataset, figure = GRIDS[name]
-    cells = {setting_of(row): row["error"] for row in _plain_rows(printed.grids()) if row["dataset"] == dataset}
+    cells = {setting_of(row): row["error"] for row in store.plain_rows(printed.grids()) if row["dataset"] == dataset}
     runs, caption, notes = one_dtype(done, cells)
     rows, gains = [], []
     for loss, gamma in printed.LOSSES:
@@ -586,10 +577,12 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
         if setting.dataset in official:
             usual = official[setting.dataset].departures
             more = set(setting.departures.split()) - set(usual.split())
+            known = {word for _, word in DETAILS}
+            if setting.dataset == "digits_lt":  # `conditions` shows these
+                known |= {word for _, words, _ in CONDITIONS for word in words.split()}
             if len(more) == 1 and setting in {changed(s, *more) for s in settings}:
-                others |= more
-    known = {word for _, word in DETAILS} | {word for _, words, _ in CONDITIONS for word in words.split()}
-    details = [*DETAILS, *((word, word) for word in sorted(others - known) if not word.startswith("engine."))]
+                others |= more - known
+    details = [*DETAILS, *((word, word) for word in sorted(others) if not word.startswith("engine."))]
     wanted = [*settings, *(changed(setting, word) for setting in settings for _, word in details)]
     runs, caption, notes = one_dtype(done, wanted)
 
@@ -692,7 +685,7 @@ def table3(done: Done) -> Table:
     measured: dict[str, Literal["error_last", "error_top5"]] = {"top1": "error_last", "top5": "error_top5"}
     paper: dict[tuple[Setting, str], float] = {}
     rows: dict[str, dict[str, Setting]] = {}  # label -> data set -> setting
-    for row in _plain_rows(printed.table3()):
+    for row in store.plain_rows(printed.table3()):
         size = "" if row["image_size"] == 224 else f"dataset.image_size={row['image_size']}"
         setting = Setting(row["dataset"], None, row["loss"], row["gamma"], row["beta"], size, row["network"], 90)
         loss = "Softmax" if row["loss"] == "softmax" else f"CB {setting_label(setting)}"
@@ -728,10 +721,6 @@ def table3(done: Done) -> Table:
         ],
         notes,
     )
-
-
-def _plain_rows(frame: pd.DataFrame) -> list[dict]:
-    return [{k: None if pd.isna(v) else v for k, v in row.items()} for row in frame.to_dict("records")]
 
 
 def setting_of(row: Mapping) -> Setting:
@@ -770,6 +759,7 @@ def full_label(setting: Setting) -> str:
     """`Focal γ 1.0 on CIFAR-10 IF 100 with recipe.drop=0.1`; the words of the digits' own schedule are left out."""
     network = "" if setting.model in ("resnet32", "resnet8") else f"{setting.model.replace('resnet', 'ResNet-')}, "
     factor = "" if setting.imbalance_factor is None else f" {factor_label(setting.imbalance_factor)}"
-    departures = [word for word in setting.departures.split() if word not in DIGITS[0].split()]
+    usual = DIGITS[0].split() if setting.dataset == "digits_lt" else []
+    departures = [word for word in setting.departures.split() if word not in usual]
     changed = f" with {' '.join(departures)}" if departures else ""
     return f"{network}{setting_label(setting)} on {TITLES.get(setting.dataset, setting.dataset)}{factor}{changed}"

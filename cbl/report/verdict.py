@@ -17,10 +17,6 @@ FEW = 3  # pairs up to which that interval is their whole range
 Verdict = Literal["agrees", "better", "worse", "–"]
 Row = Mapping[str, Any]  # a row of runs.csv
 
-# What two runs must share, besides their seeds, to differ in the class balancing alone. `reduction` is left out: at
-# beta 0 all weights are 1 and it has no effect.
-SAME = ["dataset", "imbalance_factor", "model", "loss", "gamma", "overrides", "dtype", "epochs"]
-
 
 def spread(errors: Sequence[float]) -> float:
     """Standard deviation (n - 1) of our errors (n,); 0.7 points when n < 3, where it would say too little."""
@@ -29,8 +25,6 @@ def spread(errors: Sequence[float]) -> float:
 
 def standard_error(errors: Sequence[float]) -> float:
     """Of our mean minus the paper's number: sqrt(0.7² + s²/n), in percentage points; `errors` (n,), n >= 1."""
-    if len(errors) == 0:
-        raise ValueError("There is no standard error of no run.")
     return float(np.sqrt(PAPER_SD**2 + spread(errors) ** 2 / len(errors)))
 
 
@@ -94,16 +88,3 @@ def pairs(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
             raise ValueError(f"Two runs of {rows[0]['cell']} have the same seeds: they cannot be paired.")
         by_seeds.append(found)
     return [(row, by_seeds[1][seeds]) for seeds, row in by_seeds[0].items() if seeds in by_seeds[1]]
-
-
-def paired_gain(baseline: Sequence[Row], balanced: Sequence[Row]) -> Gain | None:
-    """What class balancing gains over its own baseline: baseline error minus balanced error, positive when it helps.
-
-    Both are rows of runs.csv as dicts, of one cell each; None without a pair. Raises ValueError when the two differ in
-    more than the class balancing.
-    """
-    for column in SAME:
-        found = {row[column] for row in (*baseline, *balanced)}
-        if len(found) > 1:
-            raise ValueError(f"A gain is taken at one {column}, these runs have {' and '.join(map(str, found))}.")
-    return bootstrap([before["error_last"] - after["error_last"] for before, after in pairs(baseline, balanced)])

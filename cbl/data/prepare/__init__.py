@@ -9,9 +9,7 @@ Everything may be killed at any instant and started again: each image is written
 there are not written again, and `prepared.json` comes last.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +100,9 @@ def prepare(
     folder = Path(root) / name
     where = Path(root) / "archives" if archive_folder is None else Path(archive_folder)
     settings = {"short_side": short_side, "jpeg_quality": images.QUALITY if short_side else None}
-    with _alone(folder):
+    with disk.alone(folder, "root") as mine:
+        if not mine:
+            raise UserError(f"Another process is preparing {folder}: wait for it.")
         _check_settings(folder, settings)
         if index.prepared(folder) is None:
             archives.ensure(published.title, published.archives, where, download, published.terms)
@@ -166,15 +166,6 @@ def _check_settings(folder: Path, settings: dict[str, int | None]) -> None:
             for s in (before, settings)
         )
         raise UserError(f"The images under {folder} were {was}, now they are to be {asked}: choose another root.")
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """In this block no other process prepares `folder`."""
-    with disk.alone(folder, "root") as mine:
-        if not mine:
-            raise UserError(f"Another process is preparing {folder}: wait for it.")
-        yield
 
 
 def describe(found: dict[str, Index]) -> str:

@@ -65,13 +65,10 @@ def ensure(title: str, archives: Sequence[Archive], folder: Path, download: bool
 
 
 def open_tar(path: Path) -> tarfile.TarFile:
-    """For one pass from front to back over a tar or tar.gz."""
-    with reading(path):
-        if path.suffix == ".gz":
-            return tarfile.open(
-                path, mode="r|gz", bufsize=1 << 17
-            )  # bytes; more is slower, tarfile copies what is left
-        return tarfile.open(path, mode="r:")
+    """For one pass from front to back over a tar or tar.gz; within `reading`."""
+    if path.suffix == ".gz":
+        return tarfile.open(path, mode="r|gz", bufsize=1 << 17)  # bytes; more is slower, tarfile copies what is left
+    return tarfile.open(path, mode="r:")
 
 
 def files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

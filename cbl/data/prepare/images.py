@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from cbl import disk
+from cbl.cores import usable_cores
 from cbl.data.prepare.archives import ticker
 from cbl.errors import UserError
 
@@ -48,7 +49,7 @@ def store(
     tick = ticker("Images", total, "images")
     made: set[Path] = set()
     pending: deque[Future[None]] = deque()
-    workers = workers or os.cpu_count() or 1
+    workers = workers or usable_cores()
     # Threads suffice: Pillow decodes, resizes and encodes outside the interpreter lock. And none outlives a kill.
     with disk.writing(folder), ThreadPoolExecutor(workers) as pool:
         for done, member in enumerate(members):
