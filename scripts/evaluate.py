@@ -209,7 +209,7 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    console.width = max(console.width, 200)  # a table is as wide as it needs to be, nothing in it is cut
+    console.width = 10_000  # a table is as wide as it needs to be, nothing in it is cut
     summary(console, found)
     names, counts = found["class_names"], found["class_counts"]
     confusion = found["confusion"]

@@ -169,7 +169,7 @@ def render(
         table,
         caption=f"{table.caption} Set for every run: {' '.join(changed)}." if changed else table.caption,
         notes=[*table.notes, *others],
-        changed=(*table.changed, *changed),
+        changed=changed,
     )
     formats.show(table)
     written = formats.write(table, asked.out / "tables")

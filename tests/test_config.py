@@ -193,7 +193,14 @@ BAD = [
     ("engine.checkpoint_seconds", -1, r"^engine.checkpoint_seconds is -1.0, but"),
     ("engine.threads", 0, r"^engine.threads is 0, but"),
     ("engine.lanes", 0, r"^engine.lanes is 0, but"),
+    ("engine.micro_batch", 0, r"^engine.micro_batch is 0, but"),
+    ("engine.workers", -1, r"^engine.workers is -1, but it must be 0 or more\.$"),
 ]
+
+
+def test_what_has_a_least_is_a_key() -> None:
+    assert set(config._AT_LEAST) < set(config.keys())
+    assert {key for key, *_ in BAD} > set(config._AT_LEAST)
 
 
 @pytest.mark.parametrize(("key", "value"), [("dataset.flip", False), ("dataset.shift", 2)])

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from cbl import config, records
 from cbl.data import digits
@@ -308,11 +307,20 @@ def test_a_terminal_gets_ruled_tables_with_nothing_cut(
     assert re.sub(r"\x1b\[[\d;]*m|─", "", text).split() == words
 
 
-def test_long_class_names_are_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    names = [f"a class of one's own whose name is longer than many and ends on {letter}" for letter in "ab"]
-    script["table"](Console(width=200), "Classes", ["class", "images"], [[name, 5] for name in names])
-    said = capsys.readouterr().out
-    assert all(name in said for name in names)
+def test_long_class_names_are_printed_whole_and_what_is_beside_them(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = as_json(done)
+    names = [f"class {name} of those {'whose names are long ' * 10}and end" for name in found["class_names"]]
+    said = []
+    for shown in (found["class_names"], names):
+        script["show"](found | {"class_names": shown})
+        said.append(capsys.readouterr().out)
+    short, long = said
+    assert all(long.count(name) == 2 for name in names)  # among the classes, and in the confusion
+    for name, was in zip(names, found["class_names"], strict=True):
+        long = long.replace(name, was)
+    assert long.split() == short.split()
 
 
 def test_the_command_itself(tmp_path: Path, printed: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

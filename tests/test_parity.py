@@ -148,20 +148,24 @@ def cifar_run(**changes: Any) -> config.Run:
     return config.from_mapping(values)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
 def test_the_backward_pass_computes_in_the_precision_of_the_forward_pass(dtype: str) -> None:
-    """torch allows TF32 in cuDNN's convolutions by default, and their backward pass asks when it runs."""
+    """torch allows TF32 in cuDNN's convolutions by default, and their backward pass asks when it runs.
+
+    bf16's autocast alone is for the forward pass.
+    """
     job = made_up_job(cifar_run(engine__dtype=dtype, model__depth=8, recipe__batch_size=2), CPU, steps=4)
-    seen: list[tuple[bool, bool]] = []
+    seen: list[tuple[bool, ...]] = []
 
     def look(gradient: torch.Tensor) -> None:
-        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        seen.append((*allowed, torch.is_autocast_enabled("cpu")))
 
     job.model.conv1.weight.register_hook(look)
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     job.step.load(np.zeros((1, 4, 2)), np.zeros(1))
     job.step()
-    assert seen == [(dtype == "tf32",) * 2]
+    assert seen == [(dtype == "tf32", dtype == "tf32", False)]
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 

@@ -19,7 +19,7 @@ import reproduce_table
 from cbl import config, records, store
 from cbl.engine import processes, resident
 from cbl.errors import UserError
-from cbl.report import formats, paper, tables
+from cbl.report import formats, paper, readme, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,11 +94,24 @@ def made_up(planned: list[config.Run]) -> pd.DataFrame:
         ("2", [3], [], "TABLE=2 SEEDS=3"),
         ("2", [3], ["dataset.subset_seed=3,4"], "TABLE=2 SEEDS=3"),  # no one value to name
         ("ablation_digits", [3], [], "TABLE=ablation_digits SEEDS=3"),  # each seed has a subset of its own anyhow
+        (
+            "ablation_digits",
+            [3, 4],
+            ["dataset.subset_seed=0"],
+            "TABLE=ablation_digits SEEDS=3,4 SET=dataset.subset_seed=0",
+        ),
     ],
 )
 def test_the_command_names_the_choice_of_images(name: str, seeds: list[int], extra: list[str], command: str) -> None:
     table = tables.build(name, made_up(reproduce_table.plan(name, seeds, extra)))
     assert table.command == f"make reproduce-table {command}"
+    by_row = [line for line in readme._commands({name: table}) if "row Class-balanced" in line]
+    assert ["dataset.subset_seed=4`" in line for line in by_row] == ["=4" in command] * (name == "2")
+
+
+def test_tables_whose_seeds_have_subsets_of_their_own_are_known() -> None:
+    found = {path.stem for path in (ROOT / "configs/table").glob("*.yaml") if "subset_seed=${seed}" in path.read_text()}
+    assert found == set(tables.SUBSET_BY_SEED)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from PIL import Image
 from cbl import class_balanced_weights, config, disk, models, records
 from cbl.data import index
 from cbl.data import streaming as loading
-from cbl.engine import checkpoint, distributed, evaluate, recipe, streaming, synthetic
+from cbl.engine import checkpoint, distributed, evaluate, progress, recipe, streaming, synthetic
 from cbl.engine.distributed import World
 from cbl.engine.tally import Tally
 from cbl.errors import UserError
@@ -555,6 +555,14 @@ def test_the_record_says_why_a_process_that_does_not_lead_failed(tmp_path: Path)
     record = records.read_record(records.folder_of(run))
     assert record["status"] == "failed" and record["n_train"] == 48
     assert record["failure"].startswith("Process 1: ") and "val5.jpg" in record["failure"]
+
+
+def test_the_closing_line_of_a_large_set_has_top_5_too() -> None:
+    record = {"run_id": "large", "status": "done", "error_last": 40.0, "error_best": 39.5, "error_top5": 20.0}
+    record |= {"seconds": 7.4, "images_per_second": 1234.5}
+    said = "large: error 40.00 % (top-5 20.00 %) after the last step, best 39.50 %"
+    assert progress.closing_line(record) == f"{said}, 7 s, 1,234 images/s"
+    assert progress.closing_line(record | {"skipped": "done before"}) == f"{said} (done before)"
 
 
 def test_images_prepared_too_small_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

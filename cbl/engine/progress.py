@@ -1,4 +1,4 @@
-"""What a run says while it trains: a bar on a terminal, plain lines elsewhere."""
+"""What a run says while it trains, a bar on a terminal, plain lines elsewhere; and in the end, of a failure too."""
 
 import contextlib
 import time

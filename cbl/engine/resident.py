@@ -234,7 +234,8 @@ def fit(
 ) -> Generator[None, None, torch.Tensor | None]:
     """The training loop; keeps `state`, what a checkpoint holds besides the weights, up to date.
 
-    Returns the logits after the last step; None when it was not reached, or had been reached before.
+    Returns the logits after the last step, on a GPU valid until the next `predict`; None when that step was not
+    reached, or had been reached before.
     """
     if state["step"] == job.last_step:
         return None  # killed after its last step, before its record

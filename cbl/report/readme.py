@@ -257,7 +257,7 @@ def _stacked(panel: Panel) -> list[str]:
 
 
 def _commands(built: Mapping[str, Table]) -> list[str]:
-    """One command per table, and per row of Table 2, each with the seeds and the dtype of the published runs."""
+    """One command per table, and per row of Table 2, each with seeds, dtype and images of the published runs."""
 
     def done(cells: list[Cell]) -> str:
         return f"{sum(bool(cell.values) for cell in cells)} of {len(cells)}"
@@ -272,8 +272,7 @@ def _commands(built: Mapping[str, Table]) -> list[str]:
             if loss == "class_balanced":
                 command = "python scripts/train.py -m 'experiment=glob(table2_*)'"
             command += f" seed={','.join(map(str, table.seeds or (0, 1, 2)))}"
-            if table.dtype not in ("", "fp32"):
-                command += f" engine.dtype={table.dtype}"
+            command = " ".join([command, *table.arithmetic_and_images])
             rows = [cells for panel in table.panels[:2] for words, cells in panel.rows if words == label]
             lines.append(f"| row {label} | `{command}` | {done([cell for row in rows for cell in row if cell])} |")
     return lines

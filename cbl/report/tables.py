@@ -180,7 +180,8 @@ class Table:
     notes: list[str] = field(default_factory=list)
     seeds: tuple[int, ...] = ()  # of the runs in it
     dtype: str = ""
-    changed: tuple[str, ...] = ()  # overrides of all runs in it, but for their dtype
+    subset: int | None = None  # dataset.subset_seed of all runs in it; None: as the table asks for it, or several
+    changed: tuple[str, ...] = ()  # other overrides of all runs in it, but for their dtype
 
     @property
     def short(self) -> str:
@@ -192,10 +193,15 @@ class Table:
         words = ["make reproduce-table"] + ([] if self.name == "digits" else [f"TABLE={self.name}"])
         if self.seeds and self.seeds != (0, 1, 2):
             words.append(f"SEEDS={seed_words(self.seeds)}")
-        dtype = [] if self.dtype in ("", "fp32") else [f"engine.dtype={self.dtype}"]
-        if overrides := " ".join([*dtype, *self.changed]):
+        if overrides := " ".join([*self.arithmetic_and_images, *self.changed]):
             words.append(f"SET={shlex.quote(overrides)}")
         return " ".join(words)
+
+    @property
+    def arithmetic_and_images(self) -> list[str]:
+        """Overrides without which its runs would be others, in the same cells."""
+        dtype = [] if self.dtype in ("", "fp32") else [f"engine.dtype={self.dtype}"]
+        return dtype if self.subset is None else [*dtype, f"dataset.subset_seed={self.subset}"]
 
     def cells(self) -> list[Cell]:
         """Those of the paper's own grid, in all panels: neither gains nor best-on-test."""
@@ -211,16 +217,21 @@ def build(name: str, runs: pd.DataFrame, counts: Mapping[str, Sequence[int]] | N
     table = _build(name, done, counts or {})
     shown = {run_id for panel in table.panels for cell in panel.cells() for run_id in cell.run_ids}
     rows = [row for rows in done.values() for row in rows if row["run_id"] in shown]
-    # at imbalance factor 1 nothing is drawn
-    drawn = [] if name in SUBSET_BY_SEED else [row for row in rows if row["imbalance_factor"] != 1]
-    subsets = {int(row["subset_seed"]) for row in drawn}
     return replace(
         table,
         notes=[*table.notes, *_two_devices(table, {row["run_id"]: row["device"] for row in rows})],
         seeds=tuple(sorted({int(row["seed"]) for row in rows})),
         dtype=rows[0]["dtype"] if rows else "",  # one for all: `one_dtype`
-        changed=tuple(f"dataset.subset_seed={subset}" for subset in subsets if subset) if len(subsets) == 1 else (),
+        subset=_subset(name, rows),
     )
+
+
+def _subset(name: str, rows: Sequence[Row]) -> int | None:
+    """The one choice of images of these runs, where the table's command would make another."""
+    drawn = [row for row in rows if row["imbalance_factor"] != 1]  # there all images are kept
+    asked = {(row["seed"] if name in SUBSET_BY_SEED else 0) == row["subset_seed"] for row in drawn}
+    found = {int(row["subset_seed"]) for row in drawn}
+    return found.pop() if len(found) == 1 and asked != {True} else None
 
 
 def _build(name: str, done: Done, counts: Mapping[str, Sequence[int]]) -> Table:
