@@ -8,9 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scipy.stats import chi2, t
 
-from cbl import config, store
+from cbl import class_balanced_weights, class_counts, config, store
 from cbl.report import paper, tables
-from cbl.report.verdict import PAPER_SD, bootstrap
+from cbl.report.verdict import PAPER_SD, bootstrap, verdict
 from hydra_plugins.cbl_launcher import to_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +113,33 @@ def test_what_matters_on_the_digits_is_as_it_says() -> None:
     assert all(1.5 < cell < 2 for cell in longer[:2]) and round(longer[2]) == 1 and round(longer[3]) == 0
     for cell in tables.build("conditions", runs).panels[0].rows[3][1][:3]:
         assert clear(cell)
+
+
+def test_the_division_decides_on_cifar_10_as_it_says() -> None:
+    runs = store.load(ROOT / "results").runs.query("status == 'done' and overrides == ''")
+    runs = runs[(runs.dataset == "cifar10_lt") & (runs.imbalance_factor == 200) & (runs.loss == "softmax")]
+
+    def of(beta: float, reduction: str, column: str = "error_last") -> list[float]:
+        found = runs[(runs.beta == beta) & (runs.reduction == reduction) & (runs.seed < 2)]
+        assert found.seed.tolist() == [0, 1]
+        return found[column].tolist()
+
+    batch, divided, plain = of(0.9999, "batch"), of(0.9999, "weight_sum"), of(0.0, "batch")
+    cost = [f"{after - before:+.2f}" for before, after in zip(batch, divided, strict=True)]
+    assert f"(seeds 0 and 1: {', '.join(cost)})" in README.replace("\n ", "")
+    assert [round(error) for error in divided] == [37, 37] and min(divided) > max(plain)
+    none, left, all_of_it = (
+        np.array(of(*asked, "error_few")) for asked in ((0.0, "batch"), (0.9999, "weight_sum"), (0.9999, "batch"))
+    )
+    assert [round((none - few).mean()) for few in (left, all_of_it)] == [2, 16]
+    grids = paper.grids()
+    cell = grids.loss.eq("softmax") & grids.dataset.eq("cifar10_lt") & grids.imbalance_factor.eq(200)
+    [printed] = grids[cell & grids.beta.eq(0.9999)].error
+    assert printed == 31.11 and verdict(printed, divided) == "worse"
+    for factor, weight in ((200, 0.10), (100, 0.17)):
+        counts = np.array(class_counts(10, factor, 5000))
+        drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()
+        assert round(drawn, 2) == weight and round(1 / drawn, -1 if factor == 200 else 0) == {200: 10, 100: 6}[factor]
 
 
 def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() -> None:
