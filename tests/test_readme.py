@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scipy.stats import chi2, t
 
-from cbl import class_balanced_weights, class_counts, config, store
+from cbl import class_balanced_weights, class_counts, config, data, store
 from cbl.report import paper, tables
 from cbl.report.verdict import PAPER_SD, bootstrap, verdict
 from hydra_plugins.cbl_launcher import to_run
@@ -140,6 +140,20 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
         counts = np.array(class_counts(10, factor, 5000))
         drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()
         assert round(drawn, 2) == weight and round(1 / drawn, -1 if factor == 200 else 0) == {200: 10, 100: 6}[factor]
+
+
+def test_on_the_digits_the_division_is_a_matter_of_the_learning_rate() -> None:
+    rows = dict(tables.build("division", store.load(ROOT / "results").runs).panels[0].rows)
+    larger, made_up_for = rows["Four times the learning rate alone"], rows["The same at a quarter of the learning rate"]
+    assert all(clear(cell) for cell in larger) and not any(clear(cell) for cell in made_up_for)
+    assert {len(cell.values) for cell in (*larger, *made_up_for)} == {20}
+    said = " ".join(README.split())
+    assert f"({', '.join(f'{cell.mean:+.2f}' for cell in larger)})" in said
+    assert f"leaves {' and '.join(f'{cell.mean:+.2f}' for cell in made_up_for)}" in said
+    counts = np.array(data.load(config.Dataset(name="digits_lt", imbalance_factor=50.0)).counts)
+    drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()
+    assert round(1 / drawn, 1) == 4.6 and round(drawn, 2) == 0.22  # as the table's caption says too
+    assert "where it is 4.6 times" in said
 
 
 def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() -> None:

@@ -321,6 +321,19 @@ def test_every_planned_run_of_the_conditions_has_its_cell(made: Any) -> None:
     assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
 
 
+def test_every_planned_run_of_the_division_has_its_cell(made: Any) -> None:
+    planned = reproduce_table.plan("division", [0, 1])
+    runs = made(*((run, 10.0 + number) for number, run in enumerate(planned)))
+    panel, fewest = tables.build("division", runs).panels
+    assert [len(cell.values) for cell in panel.cells()] == [len(cell.values) for cell in fewest.cells()] == [2] * 8
+    assert {name for cell in panel.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
+    for place, (label, _) in enumerate(tables.DIVISIONS, 1):  # two losses each, planned in the rows' order
+        assert at(panel, label, "Softmax β 0.9999").values == (2.0 * place,) * 2
+        assert at(fewest, label, "Focal γ 1.0 β 0.9999").values == (4.0 * place,) * 2
+    # four times the learning rate is no further detail of the ablation
+    assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
+
+
 def test_what_the_conditions_change_is_a_detail_of_cifar_as_any_other(made: Any) -> None:
     """`recipe.batch_size=64` is the digits' own, and that warm-up one of their conditions."""
     details = {"recipe.batch_size=64": {"batch_size": 64}, "recipe.warmup_epochs=20.0": {"warmup_epochs": 20}}

@@ -5,6 +5,7 @@ holds a number that no recorded run produced, runs of different `cell` are never
 What was not run is a visible gap.
 """
 
+import functools
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +23,8 @@ from cbl.report.verdict import Row, Verdict, bootstrap, difference, pairs, verdi
 
 GRIDS = {"grid10": ("cifar10_lt", 8), "grid20": ("cifar20_lt", 9), "grid100": ("cifar100_lt", 10)}  # the paper's figure
 FACTORS = [float(factor) for factor in printed.IMBALANCE_FACTORS if factor > 1]  # of the grids
-NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "conditions", "drop", "3"]
-SUBSET_BY_SEED = ("ablation_digits", "conditions")  # in their configs/table/*.yaml
+NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "conditions", "division", "drop", "3"]
+SUBSET_BY_SEED = ("ablation_digits", "conditions", "division")  # in their configs/table/*.yaml
 TITLES = {
     "digits_lt": "digits",
     "cifar10_lt": "CIFAR-10",
@@ -43,9 +44,10 @@ LABELS = {  # rows of Table 2
 }
 SIZES = {"cifar10_lt": (10, 5000), "cifar20_lt": (20, 2500), "cifar100_lt": (100, 500)}  # classes, largest class
 NO_PRIOR, AUTHORS_ORDER = "model.prior_bias=false", 'recipe.image_order="official_stream"'
+WEIGHT_SUM = 'loss.reduction="weight_sum"'
 # What the ablations change, one at a time: a row's label, and the departure from the default configuration.
 DETAILS = [
-    ("Loss divided by the sum of the drawn weights", 'loss.reduction="weight_sum"'),
+    ("Loss divided by the sum of the drawn weights", WEIGHT_SUM),
     ("No prior in the last bias", NO_PRIOR),
     ("Shortcut: strided slice", 'model.shortcut="strided"'),
     ("Shortcut: projection", 'model.shortcut="projection"'),
@@ -67,6 +69,12 @@ CONDITIONS = [
     ("Warm-up over 20 epochs in place of 5", f"{DIGITS[0]} recipe.warmup_epochs=20.0", 40),
     ("Learning rate 0.02 in place of 0.1", f"{DIGITS[0]} recipe.learning_rate=0.02", 40),
     ("160 epochs in place of 40", DIGITS[0].replace("[32.0]", "[128.0]"), 160),
+]
+# What is set beside or in place of that division to see whether it is a matter of the learning rate.
+DIVISIONS = [
+    ("Loss divided by the sum of the drawn weights", [WEIGHT_SUM]),
+    ("The same at a quarter of the learning rate", [WEIGHT_SUM, "recipe.learning_rate=0.025"]),
+    ("Four times the learning rate alone", ["recipe.learning_rate=0.4"]),
 ]
 
 # The learning rate's first drop, at these epochs in place of 160, and the end of the run so many epochs later.
@@ -242,7 +250,7 @@ def _build(name: str, done: Done, counts: Mapping[str, Sequence[int]]) -> Table:
     if name in GRIDS:
         return grid(name, done)
     makers = {"digits": digits, "2": table2, "3": table3, "ablation": ablation, "ablation_digits": ablation_digits}
-    return (makers | {"conditions": conditions, "drop": drop})[name](done)
+    return (makers | {"conditions": conditions, "division": division, "drop": drop})[name](done)
 
 
 # -- from runs to cells ------------------------------------------------------------------------------------------------
@@ -589,8 +597,9 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
             usual = official[setting.dataset].departures
             more = set(setting.departures.split()) - set(usual.split())
             known = {word for _, word in DETAILS}
-            if setting.dataset == "digits_lt":  # `conditions` shows these
+            if setting.dataset == "digits_lt":  # `conditions` and `division` show these
                 known |= {word for _, words, _ in CONDITIONS for word in words.split()}
+                known |= {word for _, words in DIVISIONS for word in words}
             if len(more) == 1 and setting in {changed(s, *more) for s in settings}:
                 others |= more - known
     details = [*DETAILS, *((word, word) for word in sorted(others) if not word.startswith("engine."))]
@@ -663,6 +672,36 @@ def conditions(done: Done) -> Table:
         f"own. {caption} Positive is worse.",
         ABLATED,
         [panel("error_last"), panel("error_few"), Panel("Digits, test error without the change (%)", columns, errors)],
+        notes,
+    )
+
+
+def division(done: Done) -> Table:
+    """Whether dividing by the sum of the drawn weights costs what the learning rate that it amounts to costs."""
+    row = [
+        ABLATED_DIGITS._replace(loss=loss, gamma=gamma, beta=ABLATION_BETAS["digits_lt"])
+        for loss, gamma in (("softmax", None), ("focal", 1.0))
+    ]
+    rows = {label: [functools.reduce(changed, words, setting) for setting in row] for label, words in DIVISIONS}
+    runs, caption, notes = one_dtype(done, [*row, *(setting for settings in rows.values() for setting in settings)])
+
+    def panel(column: Literal["error_last", "error_few"]) -> Panel:
+        few = column == "error_few"
+        lines = [("Default configuration (%)", [error_cell(runs, setting, column=column) for setting in row])]
+        for label, settings in rows.items():
+            both = zip(settings, row, strict=True)
+            lines.append((label, [paired_cell("difference", runs, s, usual, column=column) for s, usual in both]))
+        title = f"Digits, {FEWEST}" if few else "Digits"
+        return Panel(title, [loss_label(*setting[2:5]) for setting in row], lines, apart=few)
+
+    return Table(
+        "division",
+        "Division by the drawn weights: a matter of the learning rate?",
+        f"{_recipe(DIGITS)}, imbalance factor 50; every seed draws a subset of its own. {caption} First row: test "
+        "error (%); others: its change in points, positive is worse. An image drawn weighs 0.22 on average, so "
+        "dividing by the weights makes 4.6 times the gradient.",
+        ABLATED,
+        [panel("error_last"), panel("error_few")],
         notes,
     )
 
