@@ -145,11 +145,17 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
 def test_on_the_digits_the_division_is_a_matter_of_the_learning_rate() -> None:
     rows = dict(tables.build("division", store.load(ROOT / "results").runs).panels[0].rows)
     larger, made_up_for = rows["Four times the learning rate alone"], rows["The same at a quarter of the learning rate"]
+    divided = rows["Loss divided by the sum of the drawn weights"]
     assert all(clear(cell) for cell in larger) and not any(clear(cell) for cell in made_up_for)
-    assert {len(cell.values) for cell in (*larger, *made_up_for)} == {20}
+    seeds = {cell.seeds for cells in (larger, divided, made_up_for) for cell in cells}
+    assert len(seeds) == 1 and len(seeds.pop()) == 20
     said = " ".join(README.split())
-    assert f"({', '.join(f'{cell.mean:+.2f}' for cell in larger)})" in said
-    assert f"leaves {' and '.join(f'{cell.mean:+.2f}' for cell in made_up_for)}" in said
+    assert "softmax {:+.2f} and focal loss {:+.2f},".format(*(cell.mean for cell in larger)) in said
+    assert "the other division {:+.2f} and {:+.2f} of the same seeds".format(*(cell.mean for cell in divided)) in said
+    assert "a quarter of the rate {:+.2f} and {:+.2f}, with zero".format(*(cell.mean for cell in made_up_for)) in said
+    taken = np.subtract(divided[0].values, made_up_for[0].values)  # softmax: what the smaller rate takes away
+    low, high = bootstrap(taken).interval
+    assert low < 0 < high
     counts = np.array(data.load(config.Dataset(name="digits_lt", imbalance_factor=50.0)).counts)
     drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()
     assert round(1 / drawn, 1) == 4.6 and round(drawn, 2) == 0.22  # as the table's caption says too

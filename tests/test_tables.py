@@ -330,6 +330,8 @@ def test_every_planned_run_of_the_division_has_its_cell(made: Any) -> None:
     for place, (label, _) in enumerate(tables.DIVISIONS, 1):  # two losses each, planned in the rows' order
         assert at(panel, label, "Softmax β 0.9999").values == (2.0 * place,) * 2
         assert at(fewest, label, "Focal γ 1.0 β 0.9999").values == (4.0 * place,) * 2
+    more = [(run, 50.0) for run in reproduce_table.plan("division", [5])[:2]]  # not all of that seed
+    assert tables.build("division", pd.concat([runs, made(*more)])).panels[0] == panel
     # four times the learning rate is no further detail of the ablation
     assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
 

@@ -683,7 +683,12 @@ def division(done: Done) -> Table:
         for loss, gamma in (("softmax", None), ("focal", 1.0))
     ]
     rows = {label: [functools.reduce(changed, words, setting) for setting in row] for label, words in DIVISIONS}
-    runs, caption, notes = one_dtype(done, [*row, *(setting for settings in rows.values() for setting in settings)])
+    wanted = [*row, *(setting for settings in rows.values() for setting in settings)]
+    runs, caption, notes = one_dtype(done, wanted)
+    # The rows are compared with one another, so all are of the same seeds: the default has been run with more.
+    seeds = [set(map(seed_label, runs[setting])) for setting in wanted if runs.get(setting)]
+    common = set.intersection(*seeds) if seeds else set()
+    runs = {setting: [run for run in runs.get(setting, []) if seed_label(run) in common] for setting in wanted}
 
     def panel(column: Literal["error_last", "error_few"]) -> Panel:
         few = column == "error_few"
@@ -697,9 +702,9 @@ def division(done: Done) -> Table:
     return Table(
         "division",
         "Division by the drawn weights: a matter of the learning rate?",
-        f"{_recipe(DIGITS)}, imbalance factor 50; every seed draws a subset of its own. {caption} First row: test "
-        "error (%); others: its change in points, positive is worse. An image drawn weighs 0.22 on average, so "
-        "dividing by the weights makes 4.6 times the gradient.",
+        f"{_recipe(DIGITS)}, imbalance factor 50; every seed draws a subset of its own, and all rows are of the same "
+        f"seeds. {caption} First row: test error (%); others: its change in points, positive is worse. An image drawn "
+        "weighs 0.22 on average, so dividing by the weights makes 4.6 times the gradient.",
         ABLATED,
         [panel("error_last"), panel("error_few")],
         notes,
