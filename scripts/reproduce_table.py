@@ -162,8 +162,7 @@ def render(
         print(warning, file=sys.stderr)
     words = dict.fromkeys(word for run, official in pairs for word in config.changes(run, official))
     changed = tuple(word for word in words if not word.startswith("engine.dtype="))
-    # what else somebody ran has places in some tables; in that of the digits it would take those of the runs asked for
-    wanted, others = as_in_the_table(held.runs, pairs, further=not changed and asked.table != "digits")
+    wanted, others = as_in_the_table(held.runs, pairs, further=not changed)  # what else somebody ran has places too
     table = tables.build(asked.table, wanted)
     table = dataclasses.replace(
         table,

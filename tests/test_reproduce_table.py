@@ -155,7 +155,7 @@ def test_a_table_shows_the_dtype_that_was_asked_for(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_table_shows_what_else_it_has_places_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of Table 2 the footnote's runs; and in the digits' other schedules do not take the places of those asked for."""
+    """Of Table 2 the footnote's runs; of the digits no other schedule."""
     official = reproduce_table.plan("2", [0])
     dropped = [dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, drop=0.01)) for run in official]
     rows = made_up([*official, *(run for run in dropped if run.dataset.imbalance_factor == 1)])
