@@ -361,7 +361,7 @@ def test_page_says_what_matters(written: tuple[dict[str, Any], Path]) -> None:
     assert f"{LOOP} against {BARE}, fp32: {percent:+.1f} %" in page
     between = bench_plot.undecided(overhead["percent"], 5)
     assert f"Target under 5 %: {'met' if percent < 5 else 'missed'}{between}." in page
-    assert "GPU figures: none has been measured so far" in page and "--gpu-report" in page
+    assert "GPU figures: none in this report" in page and "--gpu-report" in page
     (bare,) = [row for row in report["rows"] if row["section"] == "one run" and row["name"] == BARE]
     assert f"| {BARE} | fp32 | {bare['images_per_second']:,.0f} |" in page
 
@@ -458,7 +458,7 @@ def test_a_gpu_report_names_targets_launches_and_no_gap(written: tuple[dict[str,
     assert "It is 2,900 images/s. Target on an H200 at least 2,800: met." in page
     assert "It is 2,700 images/s. Target on an H200 at least 2,800: missed." in page
     assert "| 0.960 | 87.7 |" in page and "| 0.940 | 87.7 |" in page
-    assert "none has been measured" not in page and "Power limit 700.00 W" in page
+    assert "GPU figures: none" not in page and "Power limit 700.00 W" in page
     assert "One run: 130,000 images/s in fp32. Target on an H200 at least 120,000: met." in page
     assert "Many runs together: 260,000 images/s in fp32. Target on an H200 at least 300,000: missed." in page
     assert f"{floor['operations']} kernels, 2.00 µs apart" in page

@@ -46,6 +46,7 @@ def cells(frame: pd.DataFrame) -> set[tuple]:
         ("ablation_digits", 42),
         ("conditions", 28),
         ("division", 8),
+        ("division_cifar", 4),
     ],
 )
 def test_distinct_runs_a_seed(table: str, runs: int) -> None:
@@ -61,7 +62,8 @@ def test_table_2_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "2", "grid10", "grid100", "ablation", "ablation_digits", "conditions", "division", "drop"]
+    "name",
+    ["digits", "2", "grid10", "grid100", "ablation", "ablation_digits", "conditions", *tables.DIVISIONS, "drop"],
 )
 def test_the_command_of_a_published_table_finds_its_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds and dtype are part of a run: without them REUSE=1 would train all of it again."""

@@ -321,18 +321,20 @@ def test_every_planned_run_of_the_conditions_has_its_cell(made: Any) -> None:
     assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
 
 
-def test_every_planned_run_of_the_division_has_its_cell(made: Any) -> None:
-    planned = reproduce_table.plan("division", [0, 1])
+@pytest.mark.parametrize("name", tables.DIVISIONS)
+def test_every_planned_run_of_a_division_has_its_cell(name: str, made: Any) -> None:
+    planned, columns = reproduce_table.plan(name, [0, 1]), len(tables.DIVISIONS[name].losses)
     runs = made(*((run, 10.0 + number) for number, run in enumerate(planned)))
-    panel, fewest = tables.build("division", runs).panels
-    assert [len(cell.values) for cell in panel.cells()] == [len(cell.values) for cell in fewest.cells()] == [2] * 8
+    panel, fewest = tables.build(name, runs).panels
+    assert [len(cell.values) for cell in panel.cells()] == [len(cell.values) for cell in fewest.cells()]
+    assert {len(cell.values) for cell in panel.cells()} == {2} and len(panel.cells()) == 4 * columns
     assert {name for cell in panel.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
-    for place, (label, _) in enumerate(tables.DIVISIONS, 1):  # two losses each, planned in the rows' order
-        assert at(panel, label, "Softmax β 0.9999").values == (2.0 * place,) * 2
-        assert at(fewest, label, "Focal γ 1.0 β 0.9999").values == (4.0 * place,) * 2
-    more = [(run, 50.0) for run in reproduce_table.plan("division", [5])[:2]]  # not all of that seed
-    assert tables.build("division", pd.concat([runs, made(*more)])).panels[0] == panel
-    # four times the learning rate is no further detail of the ablation
+    for place, (label, _) in enumerate(tables.DIVISIONS[name].rows(), 1):  # planned in the rows' order
+        assert at(panel, label, "Softmax β 0.9999").values == (1.0 * columns * place,) * 2
+        assert at(fewest, label, panel.columns[-1]).values == (2.0 * columns * place,) * 2
+    more = [(run, 50.0) for run in reproduce_table.plan(name, [5])[:columns]]  # not all of that seed
+    assert tables.build(name, pd.concat([runs, made(*more)])).panels[0] == panel
+    # that learning rate is no further detail of the ablation
     assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
 
 

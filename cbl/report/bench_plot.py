@@ -51,7 +51,7 @@ LARGE_RATIO = 0.95  # of the images/s of torchvision's recipe
 LARGE_LOSS = 2.0  # percent of our step that the loss may take
 LOADER_RATIO = 1.5  # times torchvision's images/s of one core
 UNMEASURED = (
-    "GPU figures: none has been measured so far. `python scripts/benchmark.py --gpu-report results/bench` on a machine "
+    "GPU figures: none in this report. `python scripts/benchmark.py --gpu-report results/bench` on a machine "
     "with a GPU runs the parity tests and measures all of them."
 )
 DTYPES = {"fp32": BLUE, "tf32": ORANGE, "bf16": GREEN}
@@ -416,7 +416,7 @@ def _bars(ax: Axes, report: dict[str, Any], names: Sequence[str]) -> None:
                 colour = "white" if name == "floor" else DTYPES[dtype]
                 ax.barh(at, found[name], 0.9 * high, color=colour, edgecolor=DTYPES[dtype])
                 ax.annotate(f" {number(found[name])} {dtype}", (found[name], at), va="center", fontsize=6)
-    ax.set_yticks(range(len(names)), [*names[:-1], "floor (roofline)"])
+    ax.set_yticks(range(len(names)), [*names[:-1], "roofline: at most"])
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)

@@ -24,7 +24,7 @@ def block(runs: pd.DataFrame) -> str:
     """The results block from rows of runs.csv, markers included."""
     built = {name: tables.build(name, runs) for name in tables.NAMES}
     lines = [BEGIN, "<!-- Made by `make tables` from results/runs.csv. -->", "", " ".join(what_was_run(runs)), ""]
-    for name in ("digits", "ablation_digits", "conditions", "division"):
+    for name in ("digits", "ablation_digits", "conditions", "division", "division_cifar"):
         table = built[name]
         if any(cell.values for cell in table.cells()):
             lines += [f"### {table.title}", "", f"{table.caption} {table.legend}", ""]

@@ -23,7 +23,8 @@ from cbl.report.verdict import Row, Verdict, bootstrap, difference, pairs, verdi
 
 GRIDS = {"grid10": ("cifar10_lt", 8), "grid20": ("cifar20_lt", 9), "grid100": ("cifar100_lt", 10)}  # the paper's figure
 FACTORS = [float(factor) for factor in printed.IMBALANCE_FACTORS if factor > 1]  # of the grids
-NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "conditions", "division", "drop", "3"]
+NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "conditions", "division", "division_cifar"]
+NAMES += ["drop", "3"]
 SUBSET_BY_SEED = ("ablation_digits", "conditions", "division")  # in their configs/table/*.yaml
 TITLES = {
     "digits_lt": "digits",
@@ -70,13 +71,6 @@ CONDITIONS = [
     ("Learning rate 0.02 in place of 0.1", f"{DIGITS[0]} recipe.learning_rate=0.02", 40),
     ("160 epochs in place of 40", DIGITS[0].replace("[32.0]", "[128.0]"), 160),
 ]
-# What is set beside or in place of that division to see whether it is a matter of the learning rate.
-DIVISIONS = [
-    ("Loss divided by the sum of the drawn weights", [WEIGHT_SUM]),
-    ("The same at a quarter of the learning rate", [WEIGHT_SUM, "recipe.learning_rate=0.025"]),
-    ("Four times the learning rate alone", ["recipe.learning_rate=0.4"]),
-]
-
 # The learning rate's first drop, at these epochs in place of 160, and the end of the run so many epochs later.
 DROPS, AFTER_DROP = range(100, 161, 10), 20
 
@@ -117,6 +111,46 @@ class Setting(NamedTuple):
 # What the ablations change a detail of, but for its loss.
 ABLATED_CIFAR = {name: Setting(name, 100.0, "", None, 0.0) for name in ("cifar10_lt", "cifar100_lt")}
 ABLATED_DIGITS = Setting("digits_lt", 50.0, "", None, 0.0, *DIGITS)
+
+
+class Division(NamedTuple):
+    """Where it is tried whether dividing by the drawn weights costs what a larger learning rate costs."""
+
+    setting: Setting  # but for its loss
+    losses: list[tuple[str, float | None]]  # with gamma
+    weight: str  # of an image drawn, on average
+    times: str  # the inverse: what the division multiplies the gradient by
+    smaller: float  # learning rate, by about as much
+    larger: float
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """A row's label and its departures from the default configuration."""
+        smaller, larger = (f"recipe.learning_rate={rate}" for rate in (self.smaller, self.larger))
+        return [
+            ("Loss divided by the sum of the drawn weights", [WEIGHT_SUM]),
+            (f"The same at learning rate {self.smaller}", [WEIGHT_SUM, smaller]),
+            (f"Learning rate {self.larger} alone", [larger]),
+        ]
+
+
+DIVISIONS = {
+    "division": Division(
+        ABLATED_DIGITS._replace(beta=ABLATION_BETAS["digits_lt"]),
+        [("softmax", None), ("focal", 1.0)],
+        weight="0.22",
+        times="4.6",
+        smaller=0.025,
+        larger=0.4,
+    ),
+    "division_cifar": Division(
+        Setting("cifar10_lt", 200.0, "", None, 0.9999),
+        [("softmax", None)],
+        weight="0.10",
+        times="9.5",
+        smaller=0.0105,
+        larger=0.95,
+    ),
+}
 
 Done = Mapping[Setting, list[Row]]  # rows of runs.csv that are done, in the order of their seeds
 
@@ -249,8 +283,10 @@ def _build(name: str, done: Done, counts: Mapping[str, Sequence[int]]) -> Table:
         return table1(counts)
     if name in GRIDS:
         return grid(name, done)
+    if name in DIVISIONS:
+        return division(name, done)
     makers = {"digits": digits, "2": table2, "3": table3, "ablation": ablation, "ablation_digits": ablation_digits}
-    return (makers | {"conditions": conditions, "division": division, "drop": drop})[name](done)
+    return (makers | {"conditions": conditions, "drop": drop})[name](done)
 
 
 # -- from runs to cells ------------------------------------------------------------------------------------------------
@@ -534,12 +570,13 @@ def grid(name: str, done: Done) -> Table:
                 both = [(setting, plain(setting)) for setting in settings]
                 gains.append((label, [paired_cell("gain", runs, s, base, cells[base] - cells[s]) for s, base in both]))
     columns = [factor_label(factor) for factor in FACTORS]
+    chosen = "" if name == "grid20" else "The lowest of each column is in the paper's Table 2, chosen on test error."
     panel = Panel(TITLES[dataset], columns, rows)
     gain = Panel(f"{TITLES[dataset]}, gain over the same loss without class balancing (points)", columns, gains)
     return Table(
         name,
         f"Figure {figure}: the whole search on long-tailed {TITLES[dataset]}",
-        f"{caption} The lowest of each column is in the paper's Table 2, chosen on test error.",
+        f"{caption} {chosen}".strip(),
         f"{ERRORS} {BOLD} {LEGEND} {GAINS}",
         [panel, gain, best_on_test(panel)],
         notes,
@@ -594,7 +631,7 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
             known = {word for _, word in DETAILS}
             if setting.dataset == "digits_lt":  # `conditions` and `division` show these
                 known |= {word for _, words, _ in CONDITIONS for word in words.split()}
-                known |= {word for _, words in DIVISIONS for word in words}
+                known |= {word for _, words in DIVISIONS["division"].rows() for word in words}
             if len(more) == 1 and setting in {changed(s, *more) for s in settings}:
                 others |= more - known
     details = [*DETAILS, *((word, word) for word in sorted(others) if not word.startswith("engine."))]
@@ -671,19 +708,19 @@ def conditions(done: Done) -> Table:
     )
 
 
-def division(done: Done) -> Table:
+def division(name: str, done: Done) -> Table:
     """Whether dividing by the sum of the drawn weights costs what the learning rate that it amounts to costs."""
-    row = [
-        ABLATED_DIGITS._replace(loss=loss, gamma=gamma, beta=ABLATION_BETAS["digits_lt"])
-        for loss, gamma in (("softmax", None), ("focal", 1.0))
-    ]
-    rows = {label: [functools.reduce(changed, words, setting) for setting in row] for label, words in DIVISIONS}
+    tried = DIVISIONS[name]
+    row = [tried.setting._replace(loss=loss, gamma=gamma) for loss, gamma in tried.losses]
+    rows = {label: [functools.reduce(changed, words, setting) for setting in row] for label, words in tried.rows()}
     wanted = [*row, *(setting for settings in rows.values() for setting in settings)]
     runs, caption, notes = one_dtype(done, wanted)
     # The rows are compared with one another, so all are of the same seeds: the default has been run with more.
     seeds = [set(map(seed_label, runs[setting])) for setting in wanted if runs.get(setting)]
     common = set.intersection(*seeds) if seeds else set()
     runs = {setting: [run for run in runs.get(setting, []) if seed_label(run) in common] for setting in wanted}
+    data = TITLES[tried.setting.dataset]
+    heading = f"{data[0].upper()}{data[1:]}, {factor_label(tried.setting.imbalance_factor)}"
 
     def panel(column: Literal["error_last", "error_few"]) -> Panel:
         few = column == "error_few"
@@ -691,15 +728,16 @@ def division(done: Done) -> Table:
         for label, settings in rows.items():
             both = zip(settings, row, strict=True)
             lines.append((label, [paired_cell("difference", runs, s, usual, column=column) for s, usual in both]))
-        title = f"Digits, {FEWEST}" if few else "Digits"
+        title = f"{heading}, {FEWEST}" if few else heading
         return Panel(title, [loss_label(*setting[2:5]) for setting in row], lines, apart=few)
 
+    recipe = f"{_recipe(DIGITS)}; every seed draws a subset of its own. " if name in SUBSET_BY_SEED else ""
     return Table(
-        "division",
-        "Division by the drawn weights: a matter of the learning rate?",
-        f"{_recipe(DIGITS)}, imbalance factor 50; every seed draws a subset of its own, and all rows are of the same "
-        f"seeds. {caption} First row: test error (%); others: its change in points, positive is worse. An image drawn "
-        "weighs 0.22 on average, so dividing by the weights makes 4.6 times the gradient.",
+        name,
+        f"Division by the drawn weights on {data}: a matter of the learning rate?",
+        f"{recipe}{caption} All rows are of the same seeds. First row: test error (%); others: its change in points, "
+        f"positive is worse. An image drawn weighs {tried.weight} on average, so dividing by the weights makes "
+        f"{tried.times} times the gradient; the learning rate is 0.1 where the row says nothing else.",
         ABLATED,
         [panel("error_last"), panel("error_few")],
         notes,
