@@ -385,6 +385,13 @@ def _check(run: Run) -> None:
     if d.name in LARGE:  # resolved, both have the value that they have elsewhere
         need(d.shift in (None, 4), "dataset.shift", d.shift, f"crops of {d.name} are of random size: leave it out")
         need(d.flip is not False, "dataset.flip", "false", f"images of {d.name} are always flipped: leave it out")
+    skips = d.on_damaged == "skip" and d.name == "folder"
+    need(
+        not skips,
+        "dataset.on_damaged",
+        "skip",
+        "of your own images none is left out: replace or remove what is damaged",
+    )
     need(d.image_size >= 4, "dataset.image_size", d.image_size, "images need at least 4 pixels a side")
     if m.name == "resnet_imagenet":
         need(d.name in LARGE, "model.name", m.name, f"it is for the large sets: {d.name} takes model=resnet32")

@@ -335,7 +335,8 @@ def _errors(facts: dict[str, Any]) -> list[str]:
 def _use(run: config.Run, facts: dict[str, Any]) -> list[str]:
     classes = len(facts["class_names"])
     parts = [
-        f"With this project installed, in this folder; `images` are a (B, {_shape(facts)}) uint8 tensor:",
+        "With this project and `safetensors` installed, in this folder; "
+        f"`images` are a (B, {_shape(facts)}) uint8 tensor:",
         _code(
             "python",
             "from cbl import export",

@@ -34,7 +34,7 @@ def class_counts(num_classes: int, imbalance_factor: float, n_max: int) -> Indic
     if counts[-1] < 1:
         raise ValueError(
             f"imbalance_factor {imbalance_factor} leaves class {counts.index(0)} without images "
-            f"({n_max} in the largest class); choose one below {n_max}."
+            f"({n_max} in the largest class); choose {f'one below {n_max}' if n_max > 1 else '1, which keeps it'}."
         )
     return np.array(counts, dtype=np.int64)
 

@@ -19,6 +19,7 @@ import json
 import math
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,12 @@ def new_record(run: config.Run) -> dict[str, Any]:
 def row(record: dict[str, Any]) -> dict[str, Any]:
     """The record as one flat row of runs.csv: every column, None where the record has nothing."""
     return {name: record.get(name) for name in COLUMNS}
+
+
+def class_mean(record: Mapping[str, Any]) -> float:
+    """Mean test error over the classes, in percent: `error_last`, were every class tested on as many images."""
+    known = [error for error in record.get("per_class_error") or [] if error is not None]
+    return sum(known) / len(known) if known else record["error_last"]
 
 
 @functools.cache

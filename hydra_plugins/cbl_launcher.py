@@ -109,6 +109,10 @@ class ResidentLauncher(Launcher):
             elif runs.setdefault(config.run_id(run), run) != run:
                 print(f"{' '.join(overrides)}: the same run as another of this sweep, trained once.", file=sys.stderr)
         ended = train(list(runs.values()))
+        from cbl.report import sweep  # pandas is wanted only now
+
+        for line in sweep.lines(ended):
+            print(line)
         if refused or exit_status(ended):
             raise SystemExit(1)
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED) for o in job_overrides]

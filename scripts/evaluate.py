@@ -66,17 +66,25 @@ def evaluate_run(path: Path, device: str, data_root: str | None) -> dict[str, An
             f"The classes under {run.dataset.root} are not those that {record['run_id']} was trained on: "
             "give the data of that run with --data."
         )
-    step = restore(ready, weights)
+    # final weights are of the record's last step: other images than the run's make other steps
+    step, last_step = restore(ready, weights), ready.last_step
+    if step is None:
+        step = last_step = record.get("steps") or ready.last_step
     measured = streamed(run, ready, record) if run.dataset.name in config.LARGE else resident(ready)
     error, recorded, n = measured.pop("error_last"), recorded_error(record, weights, step), measured["n_test"]
     notes = []
     if ready.facts["subset_hash"] != record.get("subset_hash", ready.facts["subset_hash"]):
-        notes.append("The training images here are not those of the record; their counts are those found here.")
+        notes.append(
+            "The training images here are not those of the record; their counts and weights are those found here."
+        )
     elif ready.facts.get("content_hash") != record.get("content_hash", ready.facts.get("content_hash")):
         notes.append("Some of the images here are not those of the record.")
-    if step < ready.last_step:
-        notes.append(f"The run is not done: these are its weights after step {step:,} of {ready.last_step:,}.")
-    apart = None if recorded is None else round(abs(error - recorded) * n / 100)
+    of_others = bool(notes)
+    if step < last_step:
+        notes.append(f"The run is not done: these are its weights after step {step:,} of {last_step:,}.")
+    apart = None if recorded is None or of_others else round(abs(error - recorded) * n / 100)
+    if of_others and recorded is not None:
+        notes.append(f"The record's error, {recorded:.2f} %, is of its own images.")
     if apart:
         notes.append(
             f"The record says {recorded:.2f} %, {apart} of {n:,} images apart. A few are to be expected on "
@@ -87,9 +95,10 @@ def evaluate_run(path: Path, device: str, data_root: str | None) -> dict[str, An
         "status": record["status"],
         "weights": str(weights),
         "step": step,
-        "last_step": ready.last_step,
+        "last_step": last_step,
         "notes": notes,
         "error": error,
+        "error_class_mean": records.class_mean({"error_last": error, **measured}),
         "error_recorded": recorded,
         "images_apart": apart,
         **measured,
@@ -141,8 +150,8 @@ def prepare(run: config.Run, record: dict[str, Any]) -> "job.Job | streaming.Job
     return ready
 
 
-def restore(ready: "job.Job | streaming.Job", weights: Path) -> int:
-    """Puts the weights into the network; returns the steps that they were trained for."""
+def restore(ready: "job.Job | streaming.Job", weights: Path) -> int | None:
+    """Puts the weights into the network; returns a checkpoint's step, None for final weights."""
     from cbl import export
     from cbl.engine import checkpoint
 
@@ -151,7 +160,7 @@ def restore(ready: "job.Job | streaming.Job", weights: Path) -> int:
             return checkpoint.load(weights.parent, ready.model, ready.optimizer)["step"]
         tensors = export.read_weights(weights) if weights.name == "model.pt" else exported(weights)[1]
         ready.model.load_state_dict(tensors)
-        return ready.last_step
+        return None
     except RuntimeError:
         said_by = "result.json beside it" if weights.name in OF_RUNS else "its header"
         raise UserError(f"{weights} does not fit the network that {said_by} describes.") from None
@@ -277,7 +286,12 @@ def summary(console: "Console", found: dict[str, Any]) -> None:
     d, loss = run.dataset, run.loss
     factor = "as it is on disk" if d.imbalance_factor is None else f"imbalance factor {d.imbalance_factor:g}"
     gamma = f" (gamma {loss.gamma:g})" if loss.kind == "focal" else ""
-    known = "not evaluated at this step before" if found["error_recorded"] is None else "as recorded"
+    known = "as recorded"
+    if found["images_apart"]:
+        known = "not as recorded"
+    elif found["images_apart"] is None:
+        known = "not evaluated at this step before" if found["error_recorded"] is None else "of other images"
+    mean = found["error_class_mean"]  # another number when the test set is skewed
     lines = {
         "run": found["run_id"],
         "data": f"{d.name}, {factor}, subset seed {d.subset_seed}; {len(found['class_names'])} classes, "
@@ -288,7 +302,8 @@ def summary(console: "Console", found: dict[str, Any]) -> None:
         "departures": " ".join(config.overrides(run)) or "none",
         "weights": f"{found['weights']}, step {found['step']:,} of {found['last_step']:,}",
         "evaluated on": found["evaluated_on"],
-        "test error": f"{found['error']:.2f} % ({'not as recorded' if found['images_apart'] else known})",
+        "test error": f"{found['error']:.2f} % ({known})",
+        **({"of classes": f"{mean:.2f} % on average"} if abs(mean - found["error"]) > 0.005 else {}),
         **({"top-5 error": f"{found['error_top5']:.2f} %"} if "error_top5" in found else {}),
         "calibration": f"{found['ece']:.2f} % expected calibration error",
     }

@@ -132,6 +132,7 @@ def main() -> int:
         print(f"About {_spoken(sum(each))} of training on this machine, from a short measurement.", flush=True)
     if asked.dry:
         job.say_if_emulated(missing, print)
+        job.say_if_never_dropped(missing, print)
         return 0
     output_folder(asked.out / "tables")  # refused before the training, not after
     deadline = float("inf") if asked.budget is None else began + asked.budget

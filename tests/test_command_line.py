@@ -204,7 +204,10 @@ def test_the_command_itself_and_a_sweep_with_a_bad_job(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *DIGITS, "loss=focal_g1", "loss.beta=0,2,0.9", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    first, *cells = done.stdout.splitlines()  # what the sweep comes to
+    assert first.startswith("Test error after the last step, %: ") and len(cells) == 2
+    assert [len(re.findall(r"\(1\)", line)) for line in sorted(cells)] == [1, 2]  # its error; at beta 0.9 its gain too
     assert re.search(r"^.*loss=focal_g1 loss.beta=2.*: loss.beta is 2.0, but it must be in \[0, 1\]", done.stderr, re.M)
     folders = list((tmp_path / "outputs" / "runs").glob("*-*"))
     assert len(folders) == 2 and all(records.is_done(folder) for folder in folders)

@@ -203,6 +203,12 @@ def test_what_has_a_least_is_a_key() -> None:
     assert {key for key, *_ in BAD} > set(config._AT_LEAST)
 
 
+def test_damaged_images_of_ones_own_are_not_skipped() -> None:
+    own = {"dataset.name": "folder", "dataset.imbalance_factor": None, "dataset.on_damaged": "skip"}
+    with pytest.raises(UserError, match=r"^dataset.on_damaged is skip, but .*: replace or remove what is damaged\.$"):
+        made(own)
+
+
 @pytest.mark.parametrize(("key", "value"), [("dataset.flip", False), ("dataset.shift", 2)])
 def test_augmentation_that_the_large_sets_do_not_have_is_refused(key: str, value: Any) -> None:
     large = {"dataset.name": "imagenet", "dataset.imbalance_factor": None}

@@ -81,17 +81,22 @@ def copied(done: Path, tmp_path: Path) -> Path:
     return shutil.copytree(done, tmp_path / "run")
 
 
+def folders(root: Path, classes: int, train: int) -> Path:
+    """Images of one's own: so many a class to train on, and two to test."""
+    rng = np.random.default_rng(0)
+    for split, each in (("train", train), ("test", 2)):
+        for c in range(classes):
+            (root / split / f"kind {c:02d}").mkdir(parents=True, exist_ok=True)
+            for number in range(each):
+                pixels = rng.integers(0, 256, size=(8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / f"kind {c:02d}" / f"{number}.png")
+    return root
+
+
 @pytest.fixture(scope="module")
 def many_classes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run on 21 classes of one's own images, and the tree that they are in."""
-    tree = tmp_path_factory.mktemp("tree")
-    rng = np.random.default_rng(0)
-    for split, each in (("train", 3), ("test", 2)):
-        for c in range(21):
-            (tree / split / f"kind {c:02d}").mkdir(parents=True)
-            for number in range(each):
-                pixels = rng.integers(0, 256, size=(8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tree / split / f"kind {c:02d}" / f"{number}.png")
+    tree = folders(tmp_path_factory.mktemp("tree"), classes=21, train=3)
     dataset = {"name": "folder", "root": str(tree), "imbalance_factor": None, "image_size": 8}
     run = settings(tmp_path_factory.mktemp("folder"), dataset=dataset, recipe={"epochs": 1, "milestones": []})
     return trained(run), tree
@@ -206,10 +211,35 @@ def test_another_error_than_the_recorded_one_is_said(copied: Path, printed: Call
     assert "(not as recorded)" in text and "3 of 500 images apart" in text
 
 
-def test_other_training_images_are_said(copied: Path) -> None:
+def test_other_training_images_are_said(copied: Path, printed: Callable[..., str]) -> None:
     record = records.read_record(copied)
     records.write_record(copied, record | {"subset_hash": "0000"})
-    assert [note for note in as_json(copied)["notes"] if "training images here are not those of the record" in note]
+    found = as_json(copied)
+    assert "training images here are not those of the record" in found["notes"][0]
+    assert found["notes"][1:] == [f"The record's error, {record['error_last']:.2f} %, is of its own images."]
+    assert found["images_apart"] is None and "of other images" in printed(copied)
+
+
+def test_final_weights_are_of_the_records_last_step_on_whatever_images(tmp_path: Path) -> None:
+    root = folders(tmp_path / "data", classes=2, train=20)
+    run = settings(tmp_path, dataset={"name": "folder", "root": str(root), "image_size": 8, "imbalance_factor": None})
+    folder = trained(run)
+    first = as_json(folder)
+    folders(root, classes=2, train=60)  # more of them, and so more steps
+    again = as_json(folder)
+    assert (again["step"], again["last_step"]) == (first["step"], first["last_step"]) == (5, 5)
+    assert again["n_train"] == 120 and first["error_class_mean"] == pytest.approx(first["error"])
+
+
+def test_of_a_skewed_test_set_the_mean_over_the_classes_is_shown(tmp_path: Path, printed: Callable[..., str]) -> None:
+    root = folders(tmp_path / "data", classes=2, train=20)
+    for name in ("0", "1"):
+        shutil.copy(root / "test/kind 00/0.png", root / f"test/kind 00/{name} again.png")
+    run = settings(tmp_path, dataset={"name": "folder", "root": str(root), "image_size": 8, "imbalance_factor": None})
+    found = as_json(folder := trained(run))
+    assert found["test_counts"] == [4, 2]
+    assert found["error_class_mean"] == pytest.approx(sum(found["per_class_error"]) / 2) != found["error"]
+    assert f"of classes    {found['error_class_mean']:.2f} % on average" in printed(folder)
 
 
 def test_above_twenty_classes_the_most_confused_pairs(

@@ -92,6 +92,7 @@ def test_counts_fall_from_the_largest_class_to_at_least_one_image(classes, imbal
         ((10, float("nan"), 5000), "must be >= 1, got nan."),
         ((100, 1000, 500), "imbalance_factor 1000 leaves class 90 without images (500 in the largest class)"),
         ((10, float("inf"), 500), "imbalance_factor inf leaves class 1 without images"),
+        ((3, 10, 1), "leaves class 1 without images (1 in the largest class); choose 1, which keeps it."),
         ((1, 10, 500), "num_classes must be at least 2 to be long-tailed, got 1."),
         ((10, 1, 0), "n_max must be at least 1 image, got 0."),
     ],

@@ -45,8 +45,8 @@ def cells(frame: pd.DataFrame) -> set[tuple]:
         ("ablation", 84),
         ("ablation_digits", 42),
         ("conditions", 28),
-        ("division", 8),
-        ("division_cifar", 4),
+        ("division", 10),
+        ("division_cifar", 5),
     ],
 )
 def test_distinct_runs_a_seed(table: str, runs: int) -> None:

@@ -26,7 +26,7 @@ from sklearn.metrics import confusion_matrix
 from cbl import class_balanced_weights, config, data, disk, records, tracking
 from cbl.data import folder
 from cbl.engine import estimate, evaluate, processes, progress, recipe, resident
-from cbl.engine.job import choose_device, device_name, prepare
+from cbl.engine.job import choose_device, device_name, prepare, say_if_never_dropped
 from cbl.engine.progress import Display
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
@@ -523,6 +523,26 @@ def test_other_dtypes_train(tmp_path: Path, dtype: str) -> None:
     (record,) = resident.train([digits(tmp_path, engine__dtype=dtype, recipe__epochs=3)])
     rows = records.read_metrics(tmp_path / record["run_id"])
     assert record["status"] == "done" and rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"recipe__epochs": 2}, 1),
+        ({"recipe__epochs": 2, "recipe__milestones": [1.0]}, 0),
+        ({"recipe__epochs": 2, "recipe__milestones": []}, 0),  # none is wanted
+        ({"recipe__epochs": 2, "recipe__drop": 1.0}, 0),
+        ({"engine__max_steps": 1}, 0),  # stopped early on purpose
+    ],
+)
+def test_a_learning_rate_that_never_drops_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: dict[str, Any], said: int
+) -> None:
+    recipe = {"recipe__milestones": [160.0, 180.0]} | recipe
+    say_if_never_dropped([digits(tmp_path, seed=seed, **recipe) for seed in (0, 1)], print)
+    shown = capsys.readouterr().out
+    assert shown.count("The learning rate never drops: ") == said
+    assert not said or shown.endswith("are recipe.milestones=[1.6,1.8] here.\n")
 
 
 @pytest.mark.parametrize(

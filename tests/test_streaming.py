@@ -565,6 +565,14 @@ def test_the_closing_line_of_a_large_set_has_top_5_too() -> None:
     assert progress.closing_line(record | {"skipped": "done before"}) == f"{said} (done before)"
 
 
+def test_the_closing_line_of_a_skewed_test_set_has_the_mean_over_the_classes() -> None:
+    record = {"run_id": "own", "status": "done", "error_last": 3.21, "error_best": 3.0, "per_class_error": [0.0, 20.0]}
+    record |= {"seconds": 7.4, "images_per_second": 1234.5}
+    said = "own: error 3.21 % after the last step, mean over the classes 10.00 %, best 3.00 %, 7 s, 1,234 images/s"
+    assert progress.closing_line(record) == said
+    assert "mean" not in progress.closing_line(record | {"error_last": 10.0})
+
+
 def test_images_prepared_too_small_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_set(tmp_path)
     path = tmp_path / "inaturalist2018/prepared.json"

@@ -327,7 +327,7 @@ def test_every_planned_run_of_a_division_has_its_cell(name: str, made: Any) -> N
     runs = made(*((run, 10.0 + number) for number, run in enumerate(planned)))
     panel, fewest = tables.build(name, runs).panels
     assert [len(cell.values) for cell in panel.cells()] == [len(cell.values) for cell in fewest.cells()]
-    assert {len(cell.values) for cell in panel.cells()} == {2} and len(panel.cells()) == 4 * columns
+    assert {len(cell.values) for cell in panel.cells()} == {2} and len(panel.cells()) == 5 * columns
     assert {name for cell in panel.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
     for place, (label, _) in enumerate(tables.DIVISIONS[name].rows(), 1):  # planned in the rows' order
         assert at(panel, label, "Softmax β 0.9999").values == (1.0 * columns * place,) * 2

@@ -177,6 +177,19 @@ def choose_device(engine: config.Engine) -> torch.device:
     return device
 
 
+def say_if_never_dropped(runs: Sequence[config.Run], say: Callable[[str], None]) -> None:
+    """Says once that the learning rate of one of `runs` is high to the end, as when `recipe.epochs` alone is lower."""
+    for run in runs:
+        milestones, epochs = run.recipe.milestones, run.recipe.epochs
+        if run.recipe.drop < 1 and milestones and milestones[0] >= epochs and run.engine.max_steps is None:
+            official = ",".join(f"{epochs * share:g}" for share in (0.8, 0.9))
+            say(
+                f"The learning rate never drops: recipe.milestones begin at epoch {milestones[0]:g}, recipe.epochs is "
+                f"{epochs}. The paper's drops, at 0.8 and 0.9 of the epochs, are recipe.milestones=[{official}] here."
+            )
+            return
+
+
 def say_if_emulated(runs: Sequence[config.Run], say: Callable[[str], None]) -> None:
     """Says once that bf16 is slow here, where one of `runs` would be computed in it without instructions for it.
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cbl import records
 from cbl.errors import UserError
 
 PLAIN_SECONDS = 15.0  # between two plain lines of one run, at the ends of epochs
@@ -147,7 +148,10 @@ def closing_line(record: dict[str, Any]) -> str:
     if record["status"] != "done":
         return f"{name}: {record.get('skipped', 'stopped, the same command goes on')}"
     top5 = f" (top-5 {record['error_top5']:.2f} %)" if "error_top5" in record else ""
-    shown = f"{name}: error {record['error_last']:.2f} %{top5} after the last step, best {record['error_best']:.2f} %"
+    mean = records.class_mean(record)  # another number when the test set is skewed too
+    of_classes = f", mean over the classes {mean:.2f} %" if abs(mean - record["error_last"]) > 0.005 else ""
+    last = f"error {record['error_last']:.2f} %{top5} after the last step{of_classes}"
+    shown = f"{name}: {last}, best {record['error_best']:.2f} %"
     if "skipped" in record:
         return f"{shown} ({record['skipped']})"
     return f"{shown}, {record['seconds']:.0f} s, {record['images_per_second']:,.0f} images/s"

@@ -18,7 +18,7 @@ import torch
 
 from cbl import config, data, disk, records, tracking
 from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
-from cbl.engine.job import Job, choose_device, prepare, say_if_emulated
+from cbl.engine.job import Job, choose_device, prepare, say_if_emulated, say_if_never_dropped
 from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.errors import UserError
 
@@ -51,6 +51,7 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
         waiting = [number for number in range(len(runs)) if number not in ended]
         left = [runs[number] for number in waiting]
         say_if_emulated(left, display.say)
+        say_if_never_dropped(left, display.say)
         if left and (workers := processes.count(runs)) > 1:  # by all: the last one left takes one thread too
             quiet = display.bars is not None
             for place, record in processes.train(left, min(workers, len(left)), deadline, quiet):
@@ -336,6 +337,8 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
 
     display.say(f"{config.run_id(run)} on {job.facts['device']}, {run.engine.dtype}")
     display.say(f"{len(counts)} classes, {job.facts['n_train']:,} training and {job.facts['n_test']:,} test images")
+    if run.dataset.name == "folder" and len(counts) <= 20:
+        display.say(f"classes        {', '.join(job.facts['class_names'])}")
     display.say(f"class counts   {listed(counts, 'd')}")
     display.say(f"class weights  {listed(weights, '.4f')}")
     resumed = f", goes on from step {state['step']:,}" if state["step"] else ""

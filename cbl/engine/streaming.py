@@ -25,7 +25,7 @@ from cbl.data import augment, index
 from cbl.data import streaming as data
 from cbl.engine import checkpoint, distributed, recipe
 from cbl.engine.distributed import World
-from cbl.engine.job import device_name, say_if_emulated
+from cbl.engine.job import device_name, say_if_emulated, say_if_never_dropped
 from cbl.engine.micro_batches import CHECK_STEPS, Step
 from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.engine.step import precision, sgd
@@ -440,6 +440,7 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
     resumed = f", goes on from step {state['step']:,}" if state["step"] else ""
     display.say(f"{config.run_id(run)} on {job.facts['device']}, {run.engine.dtype}")
     say_if_emulated([run], display.say)
+    say_if_never_dropped([run], display.say)
     display.say(
         f"{len(counts):,} classes, {job.facts['n_train']:,} training and {job.facts['n_test']:,} validation images"
     )

@@ -66,7 +66,8 @@ def _head(built: Mapping[str, Table], runs: pd.DataFrame) -> str:
     recipe = Recipe()
     protocol = {
         "Data": "the long-tailed training sets of the paper's Table 1; which images are kept follows from the subset "
-        "seed; the test set is whole and balanced; digits: scikit-learn’s, with 50 test images a class",
+        "seed; the test set is whole and balanced; digits: scikit-learn’s, with 50 test images a class; folder: as "
+        "they lie there",
         "Network": "ResNet-32 as in the official code: mean-pool shortcuts, Glorot-uniform weights, last bias "
         "−log(C−1) for sigmoid and focal; digits: ResNet-8",
         "Recipe": f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}, batch "

@@ -122,13 +122,20 @@ class Division(NamedTuple):
     times: str  # the inverse: what the division multiplies the gradient by
     smaller: float  # learning rate, by about as much
     larger: float
+    decay: float  # weight decay, larger by about as much
 
     def rows(self) -> list[tuple[str, list[str]]]:
-        """A row's label and its departures from the default configuration."""
+        """A row's label and its departures from the default configuration.
+
+        A loss k times as large is, to plain SGD, a learning rate k times as large and a k-th of the weight decay: both
+        are undone in the third row.
+        """
         smaller, larger = (f"recipe.learning_rate={rate}" for rate in (self.smaller, self.larger))
+        decay = f"recipe.weight_decay={self.decay}"
         return [
             ("Loss divided by the sum of the drawn weights", [WEIGHT_SUM]),
             (f"The same at learning rate {self.smaller}", [WEIGHT_SUM, smaller]),
+            (f"The same at learning rate {self.smaller} and weight decay {self.decay}", [WEIGHT_SUM, smaller, decay]),
             (f"Learning rate {self.larger} alone", [larger]),
         ]
 
@@ -141,6 +148,7 @@ DIVISIONS = {
         times="4.6",
         smaller=0.025,
         larger=0.4,
+        decay=0.0008,
     ),
     "division_cifar": Division(
         Setting("cifar10_lt", 200.0, "", None, 0.9999),
@@ -149,6 +157,7 @@ DIVISIONS = {
         times="9.5",
         smaller=0.0105,
         larger=0.95,
+        decay=0.0019,
     ),
 }
 
@@ -737,7 +746,8 @@ def division(name: str, done: Done) -> Table:
         f"Division by the drawn weights on {data}: a matter of the learning rate?",
         f"{recipe}{caption} All rows are of the same seeds. First row: test error (%); others: its change in points, "
         f"positive is worse. An image drawn weighs {tried.weight} on average, so dividing by the weights makes "
-        f"{tried.times} times the gradient; the learning rate is 0.1 where the row says nothing else.",
+        f"{tried.times} times the gradient; where the row says nothing else the learning rate is 0.1 and the weight "
+        "decay 0.0002.",
         ABLATED,
         [panel("error_last"), panel("error_few")],
         notes,
