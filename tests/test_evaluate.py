@@ -225,8 +225,8 @@ def test_final_weights_are_of_the_records_last_step_on_whatever_images(tmp_path:
     run = settings(tmp_path, dataset={"name": "folder", "root": str(root), "image_size": 8, "imbalance_factor": None})
     folder = trained(run)
     first = as_json(folder)
-    folders(root, classes=2, train=60)  # more of them, and so more steps
-    again = as_json(folder)
+    more = folders(tmp_path / "more", classes=2, train=60)  # which would make more steps
+    again = as_json(folder, data_root=str(more))
     assert (again["step"], again["last_step"]) == (first["step"], first["last_step"]) == (5, 5)
     assert again["n_train"] == 120 and first["error_class_mean"] == pytest.approx(first["error"])
 

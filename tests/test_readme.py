@@ -132,7 +132,14 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
 
     batch, divided, plain = of(0.9999, "batch"), of(0.9999, "weight_sum"), of(0.0, "batch")
     cost = [f"{after - before:+.2f}" for before, after in zip(batch, divided, strict=True)]
-    assert f"(seeds 0 and 1: {', '.join(cost)})" in README.replace("\n ", "")
+    assert f"(seeds 0 and 1: {', '.join(cost)};" in " ".join(README.split())
+    rows = dict(tables.build("division_cifar", store.load(ROOT / "results").runs).panels[0].rows)
+    [slower], [undone] = (
+        rows["The same at learning rate 0.0105"],
+        rows["The same at learning rate 0.0105 and weight decay 0.0019"],
+    )
+    assert slower.seeds == ("0", "1") and min(slower.values) > 3 and not undone.values  # else README says more
+    assert "(seeds 0 and 1: {:+.2f}, {:+.2f})".format(*slower.values) in " ".join(README.split())
     assert [round(error) for error in divided] == [37, 37] and min(divided) > max(plain)
     none, left, all_of_it = (
         np.array(of(*asked, "error_few")) for asked in ((0.0, "batch"), (0.9999, "weight_sum"), (0.9999, "batch"))
@@ -148,24 +155,25 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
         assert round(drawn, 2) == weight and round(1 / drawn, -1 if factor == 200 else 0) == {200: 10, 100: 6}[factor]
 
 
-def test_on_the_digits_the_division_is_a_matter_of_the_learning_rate() -> None:
+def test_on_the_digits_the_division_is_undone_as_it_says() -> None:
     rows = dict(tables.build("division", store.load(ROOT / "results").runs).panels[0].rows)
-    larger, made_up_for = rows["Learning rate 0.4 alone"], rows["The same at learning rate 0.025"]
     divided = rows["Loss divided by the sum of the drawn weights"]
-    assert all(clear(cell) for cell in larger) and not any(clear(cell) for cell in made_up_for)
-    assert clear(divided[0]) and not clear(divided[1])
-    seeds = {cell.seeds for cells in (larger, divided, made_up_for) for cell in cells}
-    assert len(seeds) == 1 and len(seeds.pop()) == 20
-    said = " ".join(README.split())
-    assert "softmax {:+.2f} and focal loss {:+.2f},".format(*(cell.mean for cell in larger)) in said
-    assert "the other division {:+.2f} and {:+.2f} of the same seeds".format(*(cell.mean for cell in divided)) in said
-    assert (
-        "a quarter of the rate {:+.2f} and {:+.2f} (both with zero inside)".format(*(cell.mean for cell in made_up_for))
-        in said
+    slower, undone = (
+        rows["The same at learning rate 0.025"],
+        rows["The same at learning rate 0.025 and weight decay 0.0008"],
     )
-    taken = [bootstrap(np.subtract(divided[at].values, made_up_for[at].values).tolist()) for at in (0, 1)]
-    assert "the smaller rate takes away, {:+.2f} and {:+.2f},".format(*(mean.mean for mean in taken)) in said
-    assert all(mean.interval[0] < 0 < mean.interval[1] for mean in taken)
+    faster = rows["Learning rate 0.4 alone"]
+    assert all(clear(cell) for cell in faster) and not any(clear(cell) for cell in [*slower, *undone])
+    seeds = {cell.seeds for cells in (divided, slower, undone, faster) for cell in cells}
+    assert len(seeds) == 1 and len(seeds.pop()) == 20
+    said = " ".join(README.split()).replace("−", "-")
+    assert "{:+.2f} and {:+.2f} are left of the".format(*(cell.mean for cell in undone)) in said
+    assert "the {:+.2f} of softmax and the {:+.2f} of focal loss".format(*(cell.mean for cell in divided)) in said
+    taken = [bootstrap(np.subtract(divided[at].values, undone[at].values).tolist()) for at in (0, 1)]
+    shown = [f"{gain.mean:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}]" for gain in taken]
+    assert f"takes away {' and '.join(shown)}." in said
+    assert "The rate alone leaves {:+.2f} and {:+.2f};".format(*(cell.mean for cell in slower)) in said
+    assert "division costs {:+.2f} and {:+.2f}.".format(*(cell.mean for cell in faster)) in said
     counts = np.array(data.load(config.Dataset(name="digits_lt", imbalance_factor=50.0)).counts)
     drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()
     assert round(1 / drawn, 1) == 4.6 and round(drawn, 2) == 0.22  # as the table's caption says too

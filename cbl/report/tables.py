@@ -114,7 +114,7 @@ ABLATED_DIGITS = Setting("digits_lt", 50.0, "", None, 0.0, *DIGITS)
 
 
 class Division(NamedTuple):
-    """Where it is tried whether dividing by the drawn weights costs what a larger learning rate costs."""
+    """Where it is tried what undoes dividing by the sum of the drawn weights."""
 
     setting: Setting  # but for its loss
     losses: list[tuple[str, float | None]]  # with gamma
@@ -718,7 +718,7 @@ def conditions(done: Done) -> Table:
 
 
 def division(name: str, done: Done) -> Table:
-    """Whether dividing by the sum of the drawn weights costs what the learning rate that it amounts to costs."""
+    """What undoes dividing by the sum of the drawn weights: the learning rate and the weight decay it amounts to."""
     tried = DIVISIONS[name]
     row = [tried.setting._replace(loss=loss, gamma=gamma) for loss, gamma in tried.losses]
     rows = {label: [functools.reduce(changed, words, setting) for setting in row] for label, words in tried.rows()}
@@ -743,10 +743,11 @@ def division(name: str, done: Done) -> Table:
     recipe = f"{_recipe(DIGITS)}; every seed draws a subset of its own. " if name in SUBSET_BY_SEED else ""
     return Table(
         name,
-        f"Division by the drawn weights on {data}: a matter of the learning rate?",
+        f"Division by the drawn weights on {data}: what undoes it",
         f"{recipe}{caption} All rows are of the same seeds. First row: test error (%); others: its change in points, "
         f"positive is worse. An image drawn weighs {tried.weight} on average, so dividing by the weights makes "
-        f"{tried.times} times the gradient; where the row says nothing else the learning rate is 0.1 and the weight "
+        f"{tried.times} times the gradient; to SGD a loss k times as large is a learning rate k times as large and a "
+        f"k-th of the weight decay. Where the row says nothing else the learning rate is 0.1 and the weight "
         "decay 0.0002.",
         ABLATED,
         [panel("error_last"), panel("error_few")],
