@@ -20,8 +20,8 @@ def test_seeds_are_averaged_and_balancing_is_paired_with_its_baseline() -> None:
     ended.append(record(0.0, 3, 50.0) | {"status": "failed"})
     first, *rest = sweep.lines(ended)
     assert first == (
-        "Test error after the last step, %: mean ± standard deviation (runs); by how much it is lower than at beta 0 "
-        "with the same seed [range of the 2 pairs] (pairs)"
+        "Test error after the last step, %: mean ± standard deviation (runs); how much lower than at beta 0 with the "
+        "same seed [range of the 2 pairs] (pairs)"
     )
     assert [line.split() for line in rest] == [
         [ended[0]["cell"], "20.50", "±", "0.71", "(2)"],
@@ -53,7 +53,7 @@ def test_the_baseline_is_alike_in_all_else() -> None:
 def test_a_skewed_test_set_shows_the_mean_over_the_classes_too() -> None:
     ended = [record(beta, seed, 3.0 + beta, (1.0, 20.0 - 10 * beta)) for beta in (0.0, 0.9) for seed in (0, 1)]
     said = sweep.lines(ended)
-    assert len(said) == 6 and said[3].startswith("The same as a mean over the classes, %: ")
+    assert len(said) == 6 and said[3] == "Mean over the classes, %, likewise"
     assert "−0.90" in said[2] and "10.50" in said[4] and "6.00" in said[5] and "+4.50" in said[5]
     balanced = [row | {"per_class_error": [row["error_last"]] * 2} for row in ended]
     assert sweep.lines(balanced) == said[:3]

@@ -1,7 +1,8 @@
 """What the runs of a sweep come to, in lines for the terminal: the error of every setting, and what balancing gains."""
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,15 +22,17 @@ def lines(ended: Sequence[Row]) -> list[str]:
     for record in ended:
         if record["status"] == "done":
             cells.setdefault(record["cell"], []).append(record)
-    baselines = {cell: _baseline(rows[0]) for cell, rows in cells.items() if rows[0]["beta"]}
-    if all(len(rows) == 1 for rows in cells.values()) and not cells.keys() & set(baselines.values()):
+    paired = {cell: pairs(cells.get(_baseline(rows[0]), []), rows) for cell, rows in cells.items() if rows[0]["beta"]}
+    counts = [len(both) for both in paired.values() if both]
+    if all(len(rows) == 1 for rows in cells.values()) and not counts:
         return []
-    said = _measured("Test error after the last step, %", "error_last", cells, baselines)
-    means: dict[str, list[Row]] = {
-        cell: [{**row, "class_mean": records.class_mean(row)} for row in rows] for cell, rows in cells.items()
-    }
-    if any(abs(row["class_mean"] - row["error_last"]) > 0.005 for rows in means.values() for row in rows):
-        said += _measured("The same as a mean over the classes, %", "class_mean", means, baselines)
+    said = ["Test error after the last step, %: mean ± standard deviation (runs)"]
+    if counts:
+        interval = f" [{interval_name(*counts)}]" if max(counts) > 1 else ""
+        said[0] += f"; how much lower than at beta 0 with the same seed{interval} (pairs)"
+    said += _measured(operator.itemgetter("error_last"), cells, paired)
+    if any(abs(records.class_mean(row) - row["error_last"]) > 0.005 for rows in cells.values() for row in rows):
+        said += ["Mean over the classes, %, likewise", *_measured(records.class_mean, cells, paired)]
     return said
 
 
@@ -38,21 +41,17 @@ def _baseline(record: Row) -> str:
     return config.cell(dataclasses.replace(run, loss=dataclasses.replace(run.loss, beta=0.0)))
 
 
-def _measured(title: str, column: str, cells: dict[str, list[Row]], baselines: dict[str, str]) -> list[str]:
-    rows, counts = [], []
+def _measured(
+    error: Callable[[Row], float], cells: Mapping[str, list[Row]], paired: Mapping[str, list[tuple[Row, Row]]]
+) -> list[str]:
+    rows = []
     for cell, runs in cells.items():
-        values = [run[column] for run in runs]
+        values = [error(run) for run in runs]
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        gain = ""
-        both = pairs(cells.get(baselines.get(cell, ""), []), runs)
-        if mean := bootstrap([base[column] - run[column] for base, run in both]):
-            interval = f" [{signed(mean.interval[0])}, {signed(mean.interval[1])}]" if mean.interval else ""
-            gain = f"{signed(mean.mean)}{interval} ({mean.n})"
-            counts.append(mean.n)
-        rows.append((cell, f"{np.mean(values):.2f}{spread} ({len(values)})", gain))
-    what = ": mean ± standard deviation (runs)"
-    if counts:
-        interval = f" [{interval_name(*counts)}]" if max(counts) > 1 else ""
-        what += f"; by how much it is lower than at beta 0 with the same seed{interval} (pairs)"
+        words = ""
+        if gain := bootstrap([error(base) - error(run) for base, run in paired.get(cell, [])]):
+            interval = f" [{signed(gain.interval[0])}, {signed(gain.interval[1])}]" if gain.interval else ""
+            words = f"{signed(gain.mean)}{interval} ({gain.n})"
+        rows.append((cell, f"{np.mean(values):.2f}{spread} ({len(values)})", words))
     wide = [max(len(row[at]) for row in rows) for at in (0, 1)]
-    return [f"{title}{what}", *(f"  {c:<{wide[0]}}  {e:<{wide[1]}}  {g}".rstrip() for c, e, g in rows)]
+    return [f"  {cell:<{wide[0]}}  {mean:<{wide[1]}}  {gain}".rstrip() for cell, mean, gain in rows]
