@@ -111,8 +111,8 @@ class ResidentLauncher(Launcher):
         ended = train(list(runs.values()))
         from cbl.report import sweep  # pandas is wanted only now
 
-        for line in sweep.lines(ended):
-            print(line)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one alone
+            print("".join(f"{line}\n" for line in sweep.lines(ended)), end="")
         if refused or exit_status(ended):
             raise SystemExit(1)
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED) for o in job_overrides]
