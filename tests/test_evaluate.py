@@ -220,10 +220,13 @@ def test_other_training_images_are_said(copied: Path, printed: Callable[..., str
     assert found["images_apart"] is None and "of other images" in printed(copied)
 
 
-def test_final_weights_are_of_the_records_last_step_on_whatever_images(tmp_path: Path) -> None:
+def test_final_weights_are_of_the_records_last_step_on_whatever_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = folders(tmp_path / "data", classes=2, train=20)
     run = settings(tmp_path, dataset={"name": "folder", "root": str(root), "image_size": 8, "imbalance_factor": None})
     folder = trained(run)
+    assert "\nclasses        kind 00, kind 01\nclass counts       20     20\n" in capsys.readouterr().err
     first = as_json(folder)
     more = folders(tmp_path / "more", classes=2, train=60)  # which would make more steps
     again = as_json(folder, data_root=str(more))

@@ -346,6 +346,7 @@ def test_card_of_a_small_run(done: Path, exported: Path) -> None:
     trains, exports = snippets(card, "sh")[0].splitlines()
     assert trains.startswith("python scripts/train.py dataset.name=digits_lt ")
     assert exports == f"python scripts/export.py run=outputs/runs/{done.name}"
+    assert "With this project and `safetensors` installed, in this folder" in card
 
 
 def test_card_of_other_runs(by_own_statistics: tuple[Path, Path], large_exported: Path, tmp_path: Path) -> None:

@@ -386,6 +386,11 @@ def test_digits_show_the_embedded_configuration_and_count_the_runs_of_others(mad
     assert not table.panels[0].with_paper
 
 
+def test_only_the_searches_that_table_2_took_its_best_from_say_so(nothing: pd.DataFrame) -> None:
+    captions = {name: tables.build(name, nothing).caption for name in tables.GRIDS}
+    assert [name for name, caption in captions.items() if "Table 2" in caption] == ["grid10", "grid100"]
+
+
 def test_table1_computes_what_the_paper_has(nothing: pd.DataFrame) -> None:
     table = tables.build("1", nothing)
     checked = [cell for cell in table.panels[0].cells() if cell.setting.dataset in tables.SIZES]
