@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -233,6 +234,16 @@ def changes(run: Run, other: Run) -> list[str]:
     mine, others, values = _departures(run), _departures(other), flat(run)
     keys = [k for k in values if k not in ("seed", "dataset.subset_seed") and mine.get(k, k) != others.get(k, k)]
     return [f"{k}={_word(values[k])}" for k in keys]
+
+
+def hydra_word(value: Any) -> str:
+    """`value` as Hydra's command line takes it; a text in quotes unless it is a plain word."""
+    if not isinstance(value, str):
+        return json.dumps(value, separators=(",", ":"))
+    if re.fullmatch(r"[\w./-]+", value):
+        return value
+    # there a backslash stands for itself, but before a quotation mark
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value) + '"'
 
 
 def _word(value: Any) -> str:

@@ -11,7 +11,6 @@ trained (but dataset=folder, whose root is its name), and what lets the weights 
 
 import dataclasses
 import json
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -269,10 +268,7 @@ def command(run: config.Run, processes: int = 1) -> str:
                 continue
         except UserError:  # the standard value does not go with the other settings
             pass
-        value = values[key]
-        if not (isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)):  # else a word, as Hydra takes it
-            value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        told.append(shlex.quote(f"{key}={value}"))
+        told.append(shlex.quote(f"{key}={config.hydra_word(values[key])}"))
     start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
     return " ".join([start, "scripts/train.py", *told])
 

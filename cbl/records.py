@@ -179,6 +179,11 @@ def class_mean(record: Mapping[str, Any]) -> float:
     return sum(known) / len(known) if known else record["error_last"]
 
 
+def is_skewed(record: Mapping[str, Any]) -> bool:
+    """Whether `class_mean` is another number than `error_last`, as on a test set that is skewed too."""
+    return abs(class_mean(record) - record["error_last"]) > 0.005  # of what is printed with two decimals
+
+
 @functools.cache
 def environment() -> dict[str, Any]:
     """Commit and versions: what a result depends on besides its configuration."""

@@ -122,7 +122,7 @@ def _sentence(error: Exception) -> str:
     key, given, value = str(getattr(error, "override", None) or "").partition("=")
     # it cannot be parsed: a path with (, [, = or ' in it, not a wrong call of Hydra's range() or a key with a blank
     if given and re.fullmatch(r"[\w.@/+~]+", key) and not re.match(r"\w+\(.*\)$", value):
-        quoted = shlex.quote(f'{key}="{value}"')
+        quoted = shlex.quote(f"{key}={config.hydra_word(value)}")
         return f"Hydra reads {key}={value} only with its value in quotes: {quoted}."
     return " ".join(text.split())
 

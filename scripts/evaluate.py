@@ -291,7 +291,7 @@ def summary(console: "Console", found: dict[str, Any]) -> None:
         known = "not as recorded"
     elif found["images_apart"] is None:
         known = "not evaluated at this step before" if found["error_recorded"] is None else "of other images"
-    mean = found["error_class_mean"]  # another number when the test set is skewed
+    skewed = records.is_skewed({**found, "error_last": found["error"]})
     lines = {
         "run": found["run_id"],
         "data": f"{d.name}, {factor}, subset seed {d.subset_seed}; {len(found['class_names'])} classes, "
@@ -303,7 +303,7 @@ def summary(console: "Console", found: dict[str, Any]) -> None:
         "weights": f"{found['weights']}, step {found['step']:,} of {found['last_step']:,}",
         "evaluated on": found["evaluated_on"],
         "test error": f"{found['error']:.2f} % ({known})",
-        **({"of classes": f"{mean:.2f} % on average"} if abs(mean - found["error"]) > 0.005 else {}),
+        **({"of classes": f"{found['error_class_mean']:.2f} % on average"} if skewed else {}),
         **({"top-5 error": f"{found['error_top5']:.2f} %"} if "error_top5" in found else {}),
         "calibration": f"{found['ece']:.2f} % expected calibration error",
     }

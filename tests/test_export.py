@@ -376,6 +376,7 @@ COMMANDS = [
     ["experiment=digits", "loss.reduction=weight_sum", "loss.beta=0.9", "recipe.learning_rate=0.00001"],
     ["model.prior_bias=true", "dataset.flip=false", "recipe.drop=0.1", "model.shortcut=projection", "engine.threads=1"],
     ["dataset=folder", "dataset.root='my images/ä, b=c'", "recipe.milestones=[]", "dataset.image_size=64"],
+    ["dataset=folder", r"""dataset.root='a\b "c" \\\"d\\'"""],
     ["experiment=table3_inaturalist2018_resnet50_softmax"],
     ["experiment=table3_imagenet_resnet152_cbfocal320", "engine.micro_batch=64", "engine.sync_bn=true"],
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cbl import class_counts, data
 from cbl.config import Recipe
 from cbl.engine import recipe
+from cbl.engine.step import sgd
 from cbl.longtail import class_groups
 from cbl.models import resnet_cifar
 
@@ -50,6 +51,27 @@ def test_epoch_steps_hold_every_step_once() -> None:
     for n in (3, 304, 12406, 50000):
         steps = [s for epoch in range(200) for s in recipe.epoch_steps(OFFICIAL, n, epoch)]
         assert steps == list(range(recipe.total_steps(OFFICIAL, n)))
+
+
+def test_a_larger_loss_is_a_larger_rate_and_less_decay() -> None:
+    """What README says of the other division: a loss 8 times as large at 1/8 of the rate and 8 times the decay."""
+
+    def trained(times: float, rate: float, decay: float) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = resnet_cifar(8, 3)
+        groups = recipe.parameter_groups(model, Recipe(weight_decay=decay), "softmax")
+        optimizer = sgd(groups, Recipe(), torch.device("cpu"))
+        optimizer.param_groups[0]["lr"].fill_(rate)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (times * model(torch.randn(4, 3, 8, 8)).square().mean()).backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    plain = trained(1, 0.1, 0.01)
+    for same, *changed in [(True, 8, 0.1 / 8, 0.08), (False, 8, 0.1 / 8, 0.01), (False, 8, 0.1, 0.01)]:
+        weights = trained(*changed)
+        assert same == all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, weights, strict=True))
 
 
 @pytest.mark.parametrize(

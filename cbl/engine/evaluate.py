@@ -32,6 +32,11 @@ def confusion(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.bincount(target * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
 
 
+def bin_of(confidence: torch.Tensor) -> torch.Tensor:
+    """The number of the bin of each confidence: (k / BINS, (k + 1) / BINS], the first one closed at 0."""
+    return (torch.ceil(confidence * BINS) - 1).clamp(0, BINS - 1).long()
+
+
 def calibration(logits: torch.Tensor, target: torch.Tensor) -> dict[str, list[float] | float]:
     """Reliability of the softmax of the logits in `BINS` equal-width bins of the confidence.
 
@@ -41,8 +46,7 @@ def calibration(logits: torch.Tensor, target: torch.Tensor) -> dict[str, list[fl
     """
     confidence, predicted = logits.double().softmax(1).max(1)  # (N,)
     hit = (predicted == target).double()
-    # bins are (k/BINS, (k+1)/BINS], the first one closed at 0
-    number = (torch.ceil(confidence * BINS) - 1).clamp(0, BINS - 1).long()
+    number = bin_of(confidence)
     count = torch.bincount(number, minlength=BINS)
     held = count.clamp(min=1)
     mean_confidence = torch.bincount(number, confidence, minlength=BINS) / held

@@ -148,8 +148,8 @@ def closing_line(record: dict[str, Any]) -> str:
     if record["status"] != "done":
         return f"{name}: {record.get('skipped', 'stopped, the same command goes on')}"
     top5 = f" (top-5 {record['error_top5']:.2f} %)" if "error_top5" in record else ""
-    mean = records.class_mean(record)  # another number when the test set is skewed too
-    of_classes = f", mean over the classes {mean:.2f} %" if abs(mean - record["error_last"]) > 0.005 else ""
+    skewed = records.is_skewed(record)
+    of_classes = f", mean over the classes {records.class_mean(record):.2f} %" if skewed else ""
     last = f"error {record['error_last']:.2f} %{top5} after the last step{of_classes}"
     shown = f"{name}: {last}, best {record['error_best']:.2f} %"
     if "skipped" in record:

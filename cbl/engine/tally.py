@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cbl import longtail
 from cbl.engine.distributed import World
-from cbl.engine.evaluate import BINS
+from cbl.engine.evaluate import BINS, bin_of
 
 
 class Tally:
@@ -27,9 +27,7 @@ class Tally:
         for sums, of in ((self.images, target), (self.top1, target[hit]), (self.top5, target[near | hit])):
             sums += of.bincount(minlength=classes)
         confidence = logits.double().softmax(1).amax(1)  # (B,)
-        # bins are (k/BINS, (k+1)/BINS], the first one closed at 0, as in `evaluate.calibration`
-        number = (torch.ceil(confidence * BINS) - 1).clamp(0, BINS - 1).long()
-        member = number[:, None] == torch.arange(BINS, device=number.device)  # (B, BINS)
+        member = bin_of(confidence)[:, None] == torch.arange(BINS, device=logits.device)  # (B, BINS)
         self.confidence += confidence @ member.double()
         self.hits += member[hit].sum(0)
         self.count += member.sum(0)

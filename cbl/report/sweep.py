@@ -31,7 +31,7 @@ def lines(ended: Sequence[Row]) -> list[str]:
         interval = f" [{interval_name(*counts)}]" if max(counts) > 1 else ""
         said[0] += f"; how much lower than at beta 0 with the same seed{interval} (pairs)"
     said += _measured(operator.itemgetter("error_last"), cells, paired)
-    if any(abs(records.class_mean(row) - row["error_last"]) > 0.005 for rows in cells.values() for row in rows):
+    if any(records.is_skewed(row) for rows in cells.values() for row in rows):
         said += ["Mean over the classes, %, likewise", *_measured(records.class_mean, cells, paired)]
     return said
 
