@@ -18,7 +18,7 @@ _HOME = {name: "cbl.longtail" if name in ("class_counts", "draw_subset") else "c
 
 def __getattr__(name: str) -> Any:
     """Imported when first asked for: torch takes seconds, and what reads a command line can do without."""
-    if name in ("longtail", "losses"):
+    if name in ("longtail", "losses", "models"):
         return importlib.import_module(f"cbl.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

@@ -5,6 +5,7 @@ choice is checked there, so nothing below this module sees a DictConfig or a wro
 identity of a run: same settings, same folder.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -134,7 +135,7 @@ _NOT_IDENTITY = {"dataset.root", "dataset.download", "output_dir"} | {
         "compile", "workers",
     )
 }  # fmt: skip
-# Keys that the readable part of a name or a column of runs.csv already tells; every other departure is an override.
+# Keys that have a column of their own in runs.csv; every other departure is an override.
 _TOLD = {
     "dataset.name", "dataset.imbalance_factor", "dataset.subset_seed", "model.depth", "loss.kind",
     "loss.gamma", "loss.beta", "loss.reduction", "recipe.epochs", "engine.dtype", "seed",
@@ -240,10 +241,18 @@ def hydra_word(value: Any) -> str:
     """`value` as Hydra's command line takes it; a text in quotes unless it is a plain word."""
     if not isinstance(value, str):
         return json.dumps(value, separators=(",", ":"))
-    if re.fullmatch(r"[\w./-]+", value):
+    if re.fullmatch(r"[\w./-]+", value, re.ASCII) and not _is_a_value(value):
         return value
     # there a backslash stands for itself, but before a quotation mark
     return '"' + re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value) + '"'
+
+
+def _is_a_value(word: str) -> bool:
+    """Whether Hydra takes `word` for a number, a truth value or null."""
+    with contextlib.suppress(ValueError):
+        float(word)
+        return True
+    return word.lower() in ("true", "false", "null")
 
 
 def _word(value: Any) -> str:
@@ -411,6 +420,10 @@ def _check(run: Run) -> None:
         low = max(8, m.depth - (m.depth - 2) % 6)
         choice = f"it must be 6n + 2, for example {low} or {low + 6}"
         need(m.depth >= 8 and m.depth % 6 == 2, "model.depth", m.depth, choice)
+        unable = run.engine.sync_bn and d.name in LARGE
+        need(not unable, "engine.sync_bn", "true", "it needs model=resnet50, resnet101 or resnet152")
+    both = run.engine.deterministic and run.engine.fused
+    need(not both, "engine.deterministic", "true", "the fused kernels add in any order: set engine.fused=false")
     need(0 <= loss.beta <= 1, "loss.beta", loss.beta, "it must be in [0, 1], for example 0.9999")
     need(r.learning_rate > 0, "recipe.learning_rate", r.learning_rate, "it must be above 0")
     need(0 <= r.momentum < 1, "recipe.momentum", r.momentum, "it must be in [0, 1)")

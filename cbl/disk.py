@@ -51,6 +51,11 @@ def md5() -> "hashlib._Hash":
     return hashlib.md5(usedforsecurity=False)
 
 
+_locks: set[IO] = set()  # of `alone`, held or asked for
+if hasattr(os, "register_at_fork"):  # the workers of a loader would hold them for seconds after a kill
+    os.register_at_fork(after_in_child=lambda: [handle.close() for handle in _locks])
+
+
 def _lock(handle: IO, folder: Path, setting: str) -> bool:
     """Whether the lock on `handle`, a file in `folder`, is ours now and not another process's.
 
@@ -80,13 +85,17 @@ def alone(folder: Path, setting: str = "output_dir") -> Iterator[bool]:
     with writing(folder, remedy):
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
-    with handle:
-        mine = _lock(handle, folder, setting)
-        if mine:
-            with writing(folder, remedy):
-                for half_written in folder.glob("*.tmp"):
-                    half_written.unlink()
-        yield mine
+    _locks.add(handle)
+    try:
+        with handle:
+            mine = _lock(handle, folder, setting)
+            if mine:
+                with writing(folder, remedy):
+                    for half_written in folder.glob("*.tmp"):
+                        half_written.unlink()
+            yield mine
+    finally:
+        _locks.discard(handle)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def effective_number(counts: Sequence[int] | Tensor, beta: float) -> Tensor:
     counts: training images per class, (C,) whole numbers >= 1 as a list, numpy array or tensor, in class order. A
         pandas Series has an order of its own and is refused.
     beta: in [0, 1]; 0 gives E_n = 1, and 1 gives the limit E_n = n.
-    Returns a (C,) float64 tensor on the CPU, right to a few units in the last place for the double `beta`.
+    Returns a (C,) float64 tensor on the CPU, accurate to a few units in the last place for `beta` as a double.
     Raises ValueError for counts or a beta outside these ranges.
     """
     counts = _checked_counts(counts)
@@ -49,7 +49,10 @@ def class_balanced_weights(counts: Sequence[int] | Tensor, beta: float) -> Tenso
 
 
 def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Softmax cross-entropy of each sample: (B, C) logits, (B,) int64 target → (B,), unweighted."""
+    """Softmax cross-entropy of each sample (paper, section 4.1): (B, C) logits, (B,) int64 target → (B,), unweighted.
+
+    Like the next two functions it leaves checks to `ClassBalancedLoss`; unfit arguments raise torch's own errors.
+    """
     return F.cross_entropy(_at_least_float32(logits), target, reduction="none")
 
 
@@ -80,13 +83,15 @@ class ClassBalancedLoss(nn.Module):
     beta: 0 for no balancing, towards 1 for inverse class frequency; the paper tries 0.9, 0.99, 0.999, 0.9999.
     gamma: focusing of the focal loss, >= 0; the other kinds ignore it.
     reduction: "batch" sums the weighted losses and divides by the batch size, as the authors' code does. "weight_sum"
-        divides by the sum of the samples' weights, as `F.cross_entropy(weight=...)` does. "none" returns them, (B,).
+        divides by the sum of the samples' weights, as `F.cross_entropy(weight=...)` does. "none" returns the weighted
+        losses, (B,).
 
-    Half-precision logits are taken to float32 first, under autocast too; float64 logits stay float64.
+    Half-precision logits are taken to float32 first, under autocast too; float64 logits stay float64. The weights are
+    float32: `.half()` or `.bfloat16()` of a module that holds the loss rounds them for good.
 
-    Raises ValueError for bad arguments, for shapes that do not fit, for an empty batch, and for targets outside
-    0..C-1 where looking at them is free: on CPU tensors outside torch.compile. Elsewhere the kernel that looks up the
-    weights fails on them. There is no ignored class index.
+    Raises ValueError for bad arguments, for shapes that do not fit, for an empty batch, and for targets outside 0..C-1.
+    The targets are checked only where that is free, on CPU tensors outside torch.compile; elsewhere the kernel that
+    looks up the weights fails on them. No class index is ignored (there is no `ignore_index`).
     """
 
     weights: Tensor
@@ -160,6 +165,8 @@ class ClassBalancedLoss(nn.Module):
             raise ValueError(
                 f"the logits are on {logits.device} but the loss is on {self.weights.device}; move it with .to(device)."
             )
+        if target.device != logits.device:
+            raise ValueError(f"the target is on {target.device} but the logits are on {logits.device}; move one.")
         # Reading values synchronises a GPU and breaks the graph under torch.compile; on the CPU it is all but free.
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in target.long().aminmax())  # uint16 to uint64 have none

@@ -66,7 +66,7 @@ def evaluate_run(path: Path, device: str, data_root: str | None) -> dict[str, An
             f"The classes under {run.dataset.root} are not those that {record['run_id']} was trained on: "
             "give the data of that run with --data."
         )
-    # final weights are of the record's last step: other images than the run's make other steps
+    # of final weights the record says the step: with other images here `ready.last_step` would be another
     step, last_step = restore(ready, weights), ready.last_step
     if step is None:
         step = last_step = record.get("steps") or ready.last_step
@@ -136,9 +136,11 @@ def exported(weights: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
 
 def prepare(run: config.Run, record: dict[str, Any]) -> "job.Job | streaming.Job":
     """Data and network of the run, ready on its device."""
-    from cbl.engine import distributed, job  # after what a user can get wrong: torch takes seconds to import
+    # after what a user can get wrong: torch takes seconds to import
+    from cbl.engine import distributed, job
+    from cbl.engine.device import choose_device
 
-    device = job.choose_device(run.engine)
+    device = choose_device(run.engine)
     if run.dataset.name in config.LARGE:
         from cbl.engine import streaming
 

@@ -120,18 +120,18 @@ def main() -> int:
     say_plan(runs, done)
     missing = [run for run in runs if config.run_id(run) not in done]
 
-    from cbl.engine import estimate, job, processes  # torch only now: a wrong argument is refused at once
+    from cbl.engine import device, estimate, job, processes  # torch only now: a wrong argument is refused at once
 
     if processes.count([run for run in runs if run.dataset.name not in config.LARGE]) > 1:
         missing = [one_thread(run) for run in missing]
-    if asked.dry or asked.budget is not None or len(missing) > 1:
+    if missing and (asked.dry or asked.budget is not None or len(missing) > 1):
         each = estimate.seconds(missing)
         if asked.dry:
             for run, taken in zip(missing, each, strict=True):
                 print(f"  {_spoken(taken):>14}  {config.run_id(run)}")
         print(f"About {_spoken(sum(each))} of training on this machine, from a short measurement.", flush=True)
     if asked.dry:
-        job.say_if_emulated(missing, print)
+        device.say_if_emulated(missing, print)
         job.say_if_never_dropped(missing, print)
         return 0
     output_folder(asked.out / "tables")  # refused before the training, not after
@@ -164,7 +164,7 @@ def render(
     words = dict.fromkeys(word for run, official in pairs for word in config.changes(run, official))
     changed = tuple(word for word in words if not word.startswith("engine.dtype="))
     wanted, others = as_in_the_table(held.runs, pairs, further=not changed)  # what else somebody ran has places too
-    table = tables.build(asked.table, wanted)
+    table = tables.build(asked.table, wanted, prepared_counts(asked.set) if asked.table == "1" else None)
     table = dataclasses.replace(
         table,
         caption=f"{table.caption} Set for every run: {' '.join(changed)}." if changed else table.caption,
@@ -176,6 +176,16 @@ def render(
     html = asked.out / f"{written[0].stem}.html"
     disk.write(html, page.page({asked.table: table}, held.runs))
     print("Written:", *written, html)
+
+
+def prepared_counts(overrides: Sequence[str]) -> dict[str, list[int]]:
+    """Training images per class of the large sets that are prepared under dataset.root, for Table 1."""
+    from cbl.data import index
+
+    given = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("dataset.root=")]
+    root = Path(given[-1] if given else config.Dataset().root).expanduser()
+    there = [name for name in config.LARGE if index.prepared(root / name) is not None]
+    return {name: index.read(root, name, "train").counts.tolist() for name in there}
 
 
 def one_in_a_place(pairs: Sequence[tuple[config.Run, config.Run]]) -> None:

@@ -30,7 +30,8 @@ from command_line import INTERRUPTED, interrupt
 
 from cbl import config
 from cbl.cores import usable_cores
-from cbl.engine.job import choose_device, kernels
+from cbl.engine.device import choose_device
+from cbl.engine.job import kernels
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
 from cbl.models.resnet_cifar import ResNetCifar
@@ -57,14 +58,15 @@ def shapes(entry: Entry, tile: Tile) -> Iterator[Tile]:
     """`tile` with other pixels, inputs and outputs at a time."""
     table, (ci, co) = entry
     outputs = ci if table == "BACKWARD_DATA" else co
-    row = 3 * (co if table == "BACKWARD_DATA" else max(ci, 4))  # a tap's row: what inputs are taken of
+    # channels of three pixels side by side, of which `inputs` are taken at a time
+    row = 3 * (co if table == "BACKWARD_DATA" else max(ci, 4))
     each_output = [n for n in (outputs // 2, outputs) if n >= 16]
     for pixels, inputs, n in itertools.product((32, 64, 128, 256, 512), (16, 32, 64, 128, 256), each_output):
         loads = pixels * inputs / (8 * 32 * tile[3])  # of 16 bytes, by a thread in a round
         # half of the tile would be padding; too little or too much for a thread; more pixels than are added up
         if inputs >= 2 * row > 32 or not 1 <= loads <= 16 or (len(tile) > 5 and tile[5] % pixels):
             continue
-        if table != "BACKWARD_WEIGHT" and pixels == 32:  # too few rows for a warp group
+        if table != "BACKWARD_WEIGHT" and pixels == 32:  # the instruction of four warps takes 64
             continue
         yield pixels, inputs, n, *tile[3:]
 

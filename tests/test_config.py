@@ -203,6 +203,15 @@ def test_what_has_a_least_is_a_key() -> None:
     assert {key for key, *_ in BAD} > set(config._AT_LEAST)
 
 
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^engine.deterministic is true, but .* set engine.fused=false\.$"):
+        made({"engine.deterministic": True, "engine.fused": True})
+    large = {"dataset.name": "imagenet", "dataset.imbalance_factor": None, "engine.sync_bn": True}
+    with pytest.raises(UserError, match=r"^engine.sync_bn is true, but it needs model=resnet50, .*\.$"):
+        made(large)
+    assert made(large | {"model.name": "resnet_imagenet", "model.depth": 50}).engine.sync_bn
+
+
 def test_damaged_images_of_ones_own_are_not_skipped() -> None:
     own = {"dataset.name": "folder", "dataset.imbalance_factor": None, "dataset.on_damaged": "skip"}
     with pytest.raises(UserError, match=r"^dataset.on_damaged is skip, but .*: replace or remove what is damaged\.$"):

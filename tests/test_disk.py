@@ -74,7 +74,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
 def hold(folder: Path, told: Connection) -> None:
     with disk.alone(folder) as mine:
-        told.send(mine)
+        worker = FORK.Process(target=time.sleep, args=(60,))  # as of a loader, which outlives a kill for a while
+        worker.start()
+        told.send((mine, worker.pid))
         time.sleep(60)
 
 
@@ -83,7 +85,8 @@ def test_lock_between_processes_goes_with_a_kill(tmp_path: Path) -> None:
     heard, told = FORK.Pipe(duplex=False)
     holder = FORK.Process(target=hold, args=(folder, told))
     holder.start()
-    assert heard.recv() is True
+    mine, worker = heard.recv()
+    assert mine is True
     with disk.alone(folder) as mine:
         assert not mine
     with disk.alone(tmp_path / "runs" / "another") as mine:
@@ -92,6 +95,7 @@ def test_lock_between_processes_goes_with_a_kill(tmp_path: Path) -> None:
     holder.join()
     with disk.alone(folder) as mine:
         assert mine
+    os.kill(worker, signal.SIGKILL)
 
 
 def test_lock_is_given_back_after_an_error(tmp_path: Path) -> None:

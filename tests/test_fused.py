@@ -44,6 +44,10 @@ def compare(shortcut: str, channels: int, device: str, size: tuple[int, int] = (
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     network.eval()
     plain.eval()
+    with torch.no_grad():  # far larger than its deviation, as of a channel that hardly changes
+        for one in (model, plain):
+            norm = one.get_submodule("layer2.0.bn1")
+            norm.running_mean[:4], norm.running_var[:4] = 30.0, 1e-4
     with torch.no_grad():
         torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
 
@@ -159,6 +163,7 @@ def test_a_step_of_a_run() -> None:
         made = job.prepare(config.from_mapping(settings), torch.device("cuda"))
         assert (type(made.step.model).__name__ == "Fused") == fused
         assert (made.step.augmented is not None) == fused
+        assert made.facts["device"] == "stand-in" + fused * ", fused kernels"  # all that tells such a run from others
         made.step.optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)  # type: ignore[assignment]
         made.step.load(np.array([[range(8), [0, 1, 2, 1] * 2, [2, 1, 0, 1] * 2, [0, 1] * 4]]), np.array([0.1]))
         made.step()
@@ -192,6 +197,60 @@ def test_without_its_triton_it_says_what_to_upgrade(version: str | None, monkeyp
         monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
     with pytest.raises(UserError, match=rf"Triton 3.6 or newer \(.*{version or 'triton'}.*\): upgrade torch"):
         job._fused(resnet_cifar(8, seed=0), (8, 8))
+
+
+def compile_for_an_h200(dtype: str) -> None:
+    """Every kernel of a training step, of augmentation and evaluation, as launched; none of them is run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from cbl.engine import fused
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device=None: 0,
+            get_active_torch_device=lambda: torch.device("cpu"),
+            map_python_to_cpp_type=lambda name: name,
+        )
+    )
+    shared: dict[str, int] = {}
+
+    def launcher(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def launch(*given: Any, **options: Any) -> None:
+            compiled = kernel.warmup(*given, grid=grid, **options)
+            shared[kernel.__name__] = max(shared.get(kernel.__name__, 0), compiled.metadata.shared)
+
+        return launch
+
+    JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
+    x = torch.zeros(128, 3, 32, 32).to(memory_format=torch.channels_last)
+    padded, drawn = torch.zeros(1, 40, 40, 3, dtype=torch.uint8), torch.zeros(4, 128, dtype=torch.int64)
+    for scaling in ((None, None), (torch.zeros(3), torch.ones(3))):
+        fused.augmented(padded, drawn, (32, 32), *scaling)
+    for shortcut in ("mean_pool", "strided"):
+        network = fused.Fused(resnet_cifar(8, shortcut=shortcut, seed=0).to(memory_format=torch.channels_last), dtype)
+        network(x).sum().backward()
+        network.eval()(x)
+    assert shared.keys() == {
+        "_augment", "_enter", "_convolution", "_block_end", "_last_gradient", "_backward_weight", "_backward_data",
+        "_add_partials",
+    }  # fmt: skip
+    assert max(shared.values()) <= 227 * 1024, shared  # bytes that a block of threads may have there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "tf32", "fp32"])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: str, tmp_path: Path) -> None:
+    """The interpreter sees neither what the compiler refuses nor more shared memory than there is."""
+    pytest.importorskip(*TRITON)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    code = f"from test_fused import compile_for_an_h200; compile_for_an_h200({dtype!r})"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -140,7 +140,7 @@ def test_subset_holds_the_counts_and_takes_lists():
     indices = draw_subset(labels.tolist(), counts.tolist(), 3)
     assert np.bincount(labels[indices]).tolist() == counts.tolist()
     assert (np.diff(indices) > 0).all()
-    assert draw_subset(labels, [500] * 10, 3).tolist() == list(range(5000))
+    assert draw_subset(labels, [500.0] * 10, 3).tolist() == list(range(5000))
 
 
 def test_subsets_are_nested_across_imbalance_factors_and_differ_across_seeds():
@@ -165,6 +165,10 @@ def test_drawing_leaves_the_global_generators_alone():
         ([0, 0, 1], [1, 1, 1], "class 2 has 0 images"),
         ([0, 1, 2], [1, 1], "labels must lie in 0..1, one per count, got 2."),
         ([0, 1, -1], [1, 1], "labels must lie in 0..1, one per count, got -1."),
+        ([0, 0, 1], [1.5, 1], "counts must be a list of whole numbers, one per class, got [1.5, 1.0]."),
+        ([0, 0, 1], [[1, 1]], "one per class, got [[1, 1]]."),
+        ([], [], "one per class, got []."),
+        (["cat", "dog"], [1, 1], "labels must be class numbers, got <U3;"),
     ],
 )
 def test_a_subset_that_cannot_be_drawn_is_refused(labels, counts, message):

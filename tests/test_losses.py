@@ -20,8 +20,6 @@ LOGITS = torch.tensor([[2, -1, 0], [0.5, 0.3, -2], [-1, 1.5, 0.2], [0, -3, 1]])
 TARGET = torch.tensor([0, 0, 1, 2])
 COUNTS = [100, 10, 1]
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def exact_effective_number(count: int, beta: float) -> Decimal:
     """(1 - β^n) / (1 - β) in 80 digits, for the very double that `beta` is."""
@@ -336,7 +334,6 @@ def test_a_label_out_of_range_is_not_trained_on_under_torch_compile(kind, label,
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_never_synchronises_and_can_be_captured_in_a_cuda_graph(kind):
     expected = value_and_gradient(ClassBalancedLoss(COUNTS, kind, 0.99), LOGITS, TARGET)
@@ -480,6 +477,7 @@ def test_bad_arguments_are_named(arguments, named):
         (LOGITS.long(), TARGET, r"^logits must be floating point, got torch\.int64"),
         (LOGITS, torch.tensor([0, -100, 1, 2]), "got -100"),
         (LOGITS.to("meta"), TARGET.to("meta"), "meta.*cpu"),
+        (LOGITS, TARGET.to("meta"), "^the target is on meta but the logits are on cpu"),
     ],
 )
 def test_bad_batches_are_named(logits, target, named):

@@ -21,7 +21,8 @@ from stand_in_gpu import Graph
 from cbl import config, records
 from cbl.engine import estimate, evaluate, processes, progress, resident
 from cbl.engine import step as engine_step
-from cbl.engine.job import Job, choose_device, prepare
+from cbl.engine.device import choose_device
+from cbl.engine.job import Job, prepare
 from cbl.engine.progress import Display
 from cbl.errors import UserError
 

@@ -17,6 +17,7 @@ import pytest
 import reproduce_table
 
 from cbl import config, records, store
+from cbl.data import index
 from cbl.engine import processes, resident
 from cbl.errors import UserError
 from cbl.report import formats, paper, readme, tables
@@ -53,6 +54,10 @@ def test_distinct_runs_a_seed(table: str, runs: int) -> None:
     planned = reproduce_table.plan(table, [0, 1])
     assert len(planned) == len({config.run_id(run) for run in planned}) == 2 * runs
     assert [run.seed for run in planned] == [0] * runs + [1] * runs  # an early end leaves whole seeds
+
+
+def test_every_table_that_is_trained_for_is_one_that_is_shown() -> None:
+    assert set(reproduce_table.TABLES) == set(tables.NAMES)
 
 
 def test_table_2_is_the_papers() -> None:
@@ -294,6 +299,18 @@ def test_runs_of_a_sweep_take_one_thread_and_those_of_the_large_sets_all() -> No
     assert reproduce_table.one_thread(small).engine.threads == 1
     assert config.run_id(reproduce_table.one_thread(small)) == config.run_id(small)
     assert reproduce_table.one_thread(large).engine.threads is None
+
+
+def test_table_1_counts_the_sets_that_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "inaturalist2018"
+    written = index.write(folder, "train", [f"{i}.jpg" for i in range(1002)], [0] * 1000 + [1] * 2, ["a", "b"])
+    index.complete(folder, [written])
+    asked = ["--table", "1", "--out", str(tmp_path / "out"), "--set", f"dataset.root={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["", *asked])
+    assert reproduce_table.main() == 0
+    table = (tmp_path / "out/tables/table1.md").read_text(encoding="utf-8")
+    assert "| 500 | 500 = |" in table and "| 437,513 | 1,002 ≠ |" in table
+    assert "Not checked: iNaturalist 2017, ILSVRC 2012." in table
 
 
 def test_interrupted_three_times_ends_with_the_same_table(

@@ -28,7 +28,7 @@ from PIL import Image
 from cbl import class_balanced_weights, config, disk, models, records
 from cbl.data import index
 from cbl.data import streaming as loading
-from cbl.engine import checkpoint, distributed, evaluate, progress, recipe, streaming, synthetic
+from cbl.engine import checkpoint, distributed, evaluate, micro_batches, progress, recipe, streaming, synthetic
 from cbl.engine.distributed import World
 from cbl.engine.tally import Tally
 from cbl.errors import UserError
@@ -272,6 +272,25 @@ def test_trying_out_what_fits_changes_nothing(prepared: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in job.model.state_dict().items())
     assert all(p.grad is None for p in job.model.parameters()) and job.step.count == 0
     assert not any(kept["momentum_buffer"].any() for kept in job.optimizer.state.values())
+
+
+def test_batch_norm_over_all_processes(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """On GPUs alone; the optimizer, which is made before, has the parameters that are trained."""
+    imagenet = {"model__name": "resnet_imagenet", "model__depth": 50}
+    run = settings(prepared, tmp_path, engine__sync_bn=True, **imagenet)
+    with pytest.raises(UserError, match=r"engine\.sync_bn needs GPUs"):
+        streaming.prepare(run, World(0, 2, torch.device("cpu")))
+    request.getfixturevalue("stand_in")
+    monkeypatch.setattr(micro_batches, "DistributedDataParallel", lambda model, **given: model)  # there is no other one
+    job, alone = (streaming.prepare(run, World(0, size, torch.device("cuda"))) for size in (2, 1))
+    norms = [module for module in job.model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 53 and {type(module) for module in norms} == {torch.nn.SyncBatchNorm}
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in alone.model.modules())
+    trained = [id(p) for group in job.optimizer.param_groups for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in job.model.parameters())
+    assert job.model.state_dict().keys() == alone.model.state_dict().keys()
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
@@ -539,8 +558,6 @@ def test_what_several_processes_cannot_have(prepared: Path, tmp_path: Path, monk
     two = World(1, 2, torch.device("cpu"))
     with pytest.raises(UserError, match=r"recipe.batch_size is 9: .* a multiple of the 2 processes\.$"):
         streaming.prepare(settings(prepared, tmp_path, recipe__batch_size=9), two)
-    with pytest.raises(UserError, match=r"^engine.sync_bn needs GPUs"):
-        streaming.prepare(settings(prepared, tmp_path, engine__sync_bn=True), two)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"engine.device is 'cuda:1', but 2 processes train together"):
@@ -640,6 +657,7 @@ def test_compiled_network_computes_the_same(prepared: Path, tmp_path: Path, monk
         for batch in job.batches(0, 0):
             job.step(batch, rate=0.1)
     assert jobs[1].step.forward is not jobs[1].step.network
+    assert jobs[1].facts["device"] == jobs[0].facts["device"] + ", torch.compile"  # the name of the run does not tell
     np.testing.assert_allclose(jobs[1].step.report()[0], jobs[0].step.report()[0], rtol=1e-6)
 
 

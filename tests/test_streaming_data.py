@@ -535,7 +535,7 @@ def test_a_torchvision_that_fits_is_left_alone(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     found = runpy.run_path(str(Path(streaming.__file__).parents[1] / "vision.py"))
     assert found["torchvision"] is package["torchvision"] and found["v2"] == "its transforms"
-    assert "_library" not in found
+    assert "_declared" not in found
 
 
 def test_another_failure_of_torchvision_is_not_hidden(monkeypatch):

@@ -220,7 +220,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         ([], "measured on a GPU"),
         (["--lanes", "0"], "--lanes is 0: it must be 1"),
         (["--budget", "0"], "--budget is 0"),
-        (["--depth", "9"], "9"),
+        (["--depth", "9"], "--depth: depth must be 6n + 2"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(arguments: list[str], said: str) -> None:

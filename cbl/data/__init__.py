@@ -52,9 +52,15 @@ def load(dataset: config.Dataset) -> Data:
 
     The largest class of a long-tailed subset is as large as the smallest class of the source (5000, 2500 and 500 on
     CIFAR-10, -20 and -100), and label 0 is the head. An imbalance factor of None keeps every image.
-    Raises `UserError` for files that are missing or damaged and for a factor that would leave a class empty.
+    Raises `UserError` for files that are missing, damaged or not to be read, and for a factor that would leave a class
+    empty.
     """
-    source = _source(dataset)
+    try:
+        source = _source(dataset)
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} may not be read ({error.strerror}): change its permissions or dataset.root."
+        ) from None
     labels = source.train_labels.numpy()
     num_classes = len(source.class_names)
     available = np.bincount(labels, minlength=num_classes)

@@ -1,5 +1,6 @@
 """What a killed run goes on from, and the final weights; written beside and renamed, read without running code."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     _write(folder / "checkpoint.pt", content)
 
 
-def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
     """Restores model and optimizer in place and returns `state`; None when there is no checkpoint.
 
-    In place, because a captured step holds on to the tensors that were there when it was captured.
+    In place, because a captured step holds on to the tensors that were there when it was captured. `images` are the
+    hashes of the images now, by their names in `state`. Raises `UserError` for a checkpoint that is damaged, and for
+    one of other images.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -27,6 +32,12 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # of many kinds, with a page about the options of torch.load
         raise UserError(f"{path} is damaged: delete {folder} to start the run afresh.") from None
+    for key, now in (images or {}).items():  # before the weights, which do not fit when there is another class
+        if (before := content["state"].get(key, now)) != now:
+            raise UserError(
+                f"{folder} was begun on other images ({key} was {before}, now {now}): delete the folder to start the "
+                "run afresh."
+            )
     model.load_state_dict(content["model"])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, saved in content["optimizer"]["state"].items():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from cbl import config
 from cbl.cores import usable_cores
-from cbl.engine.job import choose_device
+from cbl.engine.device import choose_device
 from cbl.errors import UserError
 
 

@@ -10,7 +10,8 @@ import torch
 
 from cbl import config, data, longtail
 from cbl.engine import processes, recipe, synthetic
-from cbl.engine.job import Job, choose_device, prepare
+from cbl.engine.device import choose_device
+from cbl.engine.job import Job, prepare
 from cbl.errors import UserError
 
 # data set -> classes, images of the largest class, test images, (H, W, C)
@@ -114,6 +115,7 @@ def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], Non
     that fails take no time; a `UserError` in which all shapes end is raised.
     """
     at_once = processes.count([run for run in runs if run.dataset.name not in config.LARGE])
+    threads = torch.get_num_threads()
     if at_once > 1:
         torch.set_num_threads(runs[0].engine.threads or 1)
     rates: dict[tuple, tuple[float, float]] = {}
@@ -138,6 +140,7 @@ def seconds(runs: Sequence[config.Run], steps: int = 6, say: Callable[[str], Non
         except Exception as error:
             failed[ends_here] = run, error.with_traceback(None)  # whose frames hold a job's memory
         each.append(taken)
+    torch.set_num_threads(threads)
     for run, why in failed.values():
         if isinstance(why, UserError) and not any(each):
             raise why
@@ -168,10 +171,13 @@ def _images(run: config.Run) -> tuple[int, int]:
 
 
 def _prepared(run: config.Run, device: torch.device, n_test: int | None = None, steps: int = 8) -> Job:
-    """`run` on made-up images, enough for `steps` steps an epoch; on its own where the shape is not known."""
-    if run.dataset.name not in SIZES:
-        return prepare(run, device)
-    classes, _, test_images, shape = SIZES[run.dataset.name]
+    """`run` on made-up images, enough for `steps` steps an epoch."""
+    if run.dataset.name in SIZES:
+        classes, _, test_images, shape = SIZES[run.dataset.name]
+    else:
+        own = data.load(run.dataset)
+        height, width, channels = own.train_images.shape[1:]
+        classes, test_images, shape = len(own.counts), len(own.test_labels), (height, width, channels)
     counts = np.full(classes, -(-steps * run.recipe.batch_size // classes))
     return prepare(run, device, made_up(classes, counts, n_test or test_images, shape))
 

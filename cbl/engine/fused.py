@@ -432,7 +432,8 @@ class Fused(nn.Module):
             pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         self.convolutions = [convolution for convolution, _ in pairs]
         self.norms = [norm for _, norm in pairs]
-        self.cast = [torch.empty_like(c.weight, dtype=self.dtype) for c in self.convolutions]
+        of = self.convolutions if dtype == "bf16" else []
+        self.cast = [torch.empty_like(c.weight, dtype=self.dtype) for c in of]
         self.tables: dict[tuple[int, tuple[int, int]], tuple[list[int], Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -468,9 +469,11 @@ class Fused(nn.Module):
             both = torch.zeros(2, sum(widths), dtype=torch.float64, device=x.device)
             sums, gradient_sums = (list(part.split(widths)) for part in both)
         else:
-            means = [n.running_mean for n in self.norms]
-            squares = torch._foreach_addcmul([n.running_var for n in self.norms], means, means)
-            both = torch.cat([part for pair in zip(means, squares, strict=True) for part in pair]).double()
+            # float64 already here: in float32 a mean far larger than the deviation would swallow the variance
+            means = torch.cat([n.running_mean for n in self.norms]).double()
+            squares = torch.cat([n.running_var for n in self.norms]).double() + means * means
+            of_each = [part.split([layer.co for layer in layers]) for part in (means, squares)]
+            both = torch.cat([part for pair in zip(*of_each, strict=True) for part in pair])
             sums, gradient_sums = list(both.split(widths)), []
         size, stored = layers[0].size_in, layers[0].stored
         entered = self._surrounded(x, batch, size, stored)

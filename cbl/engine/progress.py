@@ -134,6 +134,11 @@ class Line:
 
 def failure(error: Exception) -> dict[str, str]:
     """What the record says of a run that failed."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does without torch
+        error = UserError(
+            "The GPU is out of memory: lower engine.eval_batch or recipe.batch_size, of the large sets "
+            "engine.micro_batch, or end what else runs on it."
+        )
     if isinstance(error, UserError):
         return {"status": "failed", "failure": str(error)}
     with contextlib.suppress(OSError):  # nobody may read it any more

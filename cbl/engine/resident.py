@@ -18,7 +18,8 @@ import torch
 
 from cbl import config, data, disk, records, tracking
 from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
-from cbl.engine.job import Job, choose_device, prepare, say_if_emulated, say_if_never_dropped
+from cbl.engine.device import choose_device, say_if_emulated
+from cbl.engine.job import Job, prepare, say_if_never_dropped
 from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.errors import UserError
 
@@ -156,17 +157,11 @@ def live(
 ) -> Generator[None, None, None]:
     """The life of a run whose folder is ours: resume, train, evaluate, record; keeps `record` up to date."""
     # ---- resume
-    state = checkpoint.load(folder, job.model, job.optimizer)
+    images = {"subset_hash": job.images.subset_hash, "content_hash": job.images.content}
+    state = checkpoint.load(folder, job.model, job.optimizer, images)
     if state is None:
         state = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "best_error": None}
-        state |= {"subset_hash": job.images.subset_hash, "content_hash": job.images.content}
-        state["started"] = record["started"]
-    for key, now in (("subset_hash", job.images.subset_hash), ("content_hash", job.images.content)):
-        if (before := state.get(key, now)) != now:
-            raise UserError(
-                f"{folder} was begun on other images ({key} was {before}, now {now}): delete the folder to start the "
-                "run afresh."
-            )
+        state |= images | {"started": record["started"]}
     record["started"] = state["started"]
     history = records.rewind_metrics(folder, state["step"])
     records.write_record(folder, record)

@@ -24,8 +24,9 @@ from cbl import config, disk, models, records, tracking
 from cbl.data import augment, index
 from cbl.data import streaming as data
 from cbl.engine import checkpoint, distributed, recipe
+from cbl.engine.device import device_name, say_if_emulated
 from cbl.engine.distributed import World
-from cbl.engine.job import device_name, say_if_emulated, say_if_never_dropped
+from cbl.engine.job import say_if_never_dropped
 from cbl.engine.micro_batches import CHECK_STEPS, Step
 from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.engine.step import precision, sgd
@@ -255,7 +256,9 @@ def prepare(run: config.Run, world: World, indices: tuple[index.Index, index.Ind
             "class_names": list(train.class_names),
             "subset_hash": train.hash,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "device": (f"{world.size} × " if world.size > 1 else "") + device_name(device),
+            "device": (f"{world.size} × " if world.size > 1 else "")
+            + device_name(device)
+            + (", torch.compile" if run.engine.compile else ""),  # which rounds differently
             "processes": world.size,
             "lanes": 1,
         },
@@ -270,14 +273,9 @@ def resume(job: Job, folder: Path, started: str) -> dict[str, Any]:
     world, state, trouble = job.world, None, ""
     if world.leads:
         try:
-            state = checkpoint.load(folder, job.model, job.optimizer)
+            state = checkpoint.load(folder, job.model, job.optimizer, {"subset_hash": job.train.hash})
         except UserError as error:
             trouble = str(error)
-        if state is not None and state["subset_hash"] != job.train.hash:
-            trouble = (
-                f"{folder} was begun on other images (index {state['subset_hash']}, now {job.train.hash}): delete the "
-                "folder to start the run afresh."
-            )
     state, trouble = world.tell((state, trouble))
     if trouble:
         raise UserError(trouble)

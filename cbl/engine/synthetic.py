@@ -16,8 +16,8 @@ from cbl import config
 from cbl.data.index import Index
 from cbl.data.prepare import PUBLISHED
 from cbl.engine import streaming
+from cbl.engine.device import choose_device
 from cbl.engine.distributed import World
-from cbl.engine.job import choose_device
 from cbl.engine.step import precision
 
 CPU_IMAGES = 2  # at a time: on a CPU each of them takes about a second
@@ -63,7 +63,7 @@ def seconds(run: config.Run) -> float:
     """
     if choose_device(run.engine).type == "cpu":
         run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, dtype="fp32"))
-    alike = (run.model.depth, run.dataset.image_size, run.engine.dtype, run.engine.device, run.engine.compile)
+    alike = (run.model.name, run.model.depth, run.dataset.image_size, run.recipe.batch_size, run.engine)
     if alike not in _rates:
         with streaming.kernel_search(run, choose_device(run.engine)):
             _rates[alike] = _measure(run)
