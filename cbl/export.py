@@ -31,7 +31,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"resnet_cifar": resnet_cifar, "re
 # Kept of the record, besides the columns of runs.csv.
 KEPT = (
     "class_names", "class_counts", "class_weights", "per_class_error", "group_classes", "parameters", "processes",
-    "micro_batch", "versions",
+    "micro_batch", "versions", "content_hash",
 )  # fmt: skip
 LISTED = 100  # classes up to which the card names each
 
@@ -181,12 +181,20 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Facts and weights of an exported file; raises `UserError` for one that is none."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("cbl")
-            if header is None:
+            facts = _facts((file.metadata() or {}).get("cbl", ""))
+            if not {"architecture", "input", "config"} <= facts.keys():
                 raise UserError(f"{path} was not written by scripts/export.py: its header does not describe a run.")
-            return json.loads(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read as weights ({error}).") from None
+
+
+def _facts(header: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(header)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def build(facts: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

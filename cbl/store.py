@@ -114,13 +114,16 @@ def from_wandb(project: str, api: Any = None) -> Store:
     api: a `wandb.Api`; by default one made from the login of this machine. Runs that something else logged there are
     passed over with a warning. Raises `UserError` when W&B cannot be reached, or not with this login.
     """
-    import wandb  # imported here: it takes a second, and reading folders does not need it
+    try:
+        import wandb  # here: it takes a second, and reading folders does not need it
+    except ImportError:
+        raise UserError("W&B is not installed: `pip install wandb` brings it.") from None
 
     if project.count("/") != 1 or not all(project.split("/")):
         raise UserError(f"'{project}' is no W&B project: write entity/project, as in its address.")
     try:
         pages = [
-            ({"status": "running"} | dict(page.config) | dict(page.summary), list(page.scan_history()))
+            (page.name, {"status": "running"} | dict(page.config) | dict(page.summary), list(page.scan_history()))
             for page in (api or wandb.Api()).runs(project)
         ]
     except (wandb.errors.Error, OSError, ValueError) as error:
@@ -128,14 +131,14 @@ def from_wandb(project: str, api: Any = None) -> Store:
         raise UserError(f"W&B gave no runs of {project} ({reason}): check the name and `wandb login`.") from None
     store = _store([])
     found = []
-    for record, history in pages:
+    for name, record, history in pages:
         metrics = [
             {key: row.get(name) for key, name in tracking.METRICS.items()} | {"step": row["_step"]} for row in history
         ]
         try:
             found.append(_one_run(record, metrics, done=record["status"] == "done"))
         except UserError as error:
-            store.warnings.append(f"Skipped: {error}")
+            store.warnings.append(f"Skipped: the page {name}: {error}")
     return merge(store, _store(found))
 
 
@@ -263,9 +266,9 @@ def readme() -> str:
         [
             "# Published runs",
             "",
-            "Written by `make collect`, from the folders of the runs. What may be edited is runs.csv: delete rows, or",
-            "add columns of your own, which are kept. `cbl.store.load('results')` reads the files; the types below are",
-            "pandas' names. Errors are in percent.",
+            "Written by `make collect`, from the folders of the runs. Only runs.csv may be edited: rows may be",
+            "deleted, and columns of your own added, which are kept. `cbl.store.load('results')` reads the files;",
+            "the types below are pandas' names. Errors are in percent.",
             "",
             "| file | one row per | columns |",
             "| --- | --- | --- |",

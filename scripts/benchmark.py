@@ -47,11 +47,11 @@ import numpy as np
 import torch
 from command_line import INTERRUPTED, interrupt, one_line
 
-from cbl import ClassBalancedLoss, config, records
+from cbl import ClassBalancedLoss, config, disk, records
 from cbl.data import loader_speed
 from cbl.engine import contenders, roofline, synthetic
 from cbl.engine.contenders import Size, Unit, make_job, make_run
-from cbl.engine.job import choose_device, device_name, keep_freed_memory
+from cbl.engine.device import choose_device, device_name, keep_freed_memory
 from cbl.engine.step import capture
 from cbl.errors import UserError
 from cbl.report import bench_plot
@@ -163,9 +163,9 @@ def race(
 ) -> dict[str, list[float]]:
     """Images/s of every turn that counts, by name: `turns`, or as many as end within `share` of the time left.
 
-    A unit that fails, in whichever turn, or whose turn does not come, is named in the report, with `what`; there is no
-    budget that leaves out the first. Units that have been `called` are not called once more to warm up. Where no time
-    is left after a first turn, that turn counts of those which were warm before it.
+    A unit that fails, in whichever turn, or whose turn does not come, is named in the report, with `what`; the first
+    is measured even when the time is used up. Units that have been `called` are not called once more to warm up. Where
+    no time is left after a first turn, that turn counts of those which were warm before it.
     """
     warm = bench.cuda or called
     first: dict[str, float] = {}
@@ -232,7 +232,7 @@ def note(bench: Bench, section: str, name: str, rates: list[float], **facts: Any
 def keep(bench: Bench, row: dict[str, Any]) -> None:
     bench.rows.append(row)
     if bench.partial is not None:
-        bench.partial.write_text(json.dumps(bench.rows, indent=1) + "\n", encoding="utf-8")
+        disk.write(bench.partial, json.dumps(bench.rows, indent=1) + "\n")
 
 
 class Footprint:
@@ -385,12 +385,13 @@ def processes(bench: Bench) -> None:
     if bench.cuda:
         torch.cuda.empty_cache()  # what this process no longer uses is for the others
     for k in bench.lanes:
-        if (not bench.cuda and k > threads) or bench.over(f"{k} processes side by side"):
+        what = f"{k} processes side by side" if k > 1 else "a process on its own"
+        if (not bench.cuda and k > threads) or bench.over(what):
             continue
         found = share_out(make_task(bench, max(1, threads // k)), k)
         if not all(found):
-            bench.left_out.append(f"{k} processes side by side: one of them failed, see above")
-            return
+            bench.left_out.append(f"{what}: one failed, see above")
+            continue
         memory = sum(one["mebibytes"] for one in found)
         note(bench, "side by side", way, [sum(one["images_per_second"] for one in found)], runs=k, mebibytes=memory)
 
@@ -402,16 +403,16 @@ def freed_memory(bench: Bench) -> None:
     """
     turns: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for _ in range(2):
-        for keep, found in turns.items():
-            found += share_out(make_task(bench, torch.get_num_threads()) | {"keep": keep}, 1)
+        for kept, found in turns.items():
+            found += share_out(make_task(bench, torch.get_num_threads()) | {"keep": kept}, 1)
     if not all(turns[True] + turns[False]):
         bench.left_out.append("freed memory: a process failed, see above")
         return
-    for keep, name in ((True, KEPT), (False, GIVEN_BACK)):
-        memory = max(one["mebibytes"] for one in turns[keep])
-        note(bench, "freed memory", name, [one["images_per_second"] for one in turns[keep]], mebibytes=memory)
+    for kept, name in ((True, KEPT), (False, GIVEN_BACK)):
+        memory = max(one["mebibytes"] for one in turns[kept])
+        note(bench, "freed memory", name, [one["images_per_second"] for one in turns[kept]], mebibytes=memory)
         batch = config.Engine.eval_batch
-        rates = [one["test_per_second"] for one in turns[keep]]
+        rates = [one["test_per_second"] for one in turns[kept]]
         note(bench, "freed memory, evaluation", name, rates, batch_size=batch, mebibytes=memory)
 
 
@@ -706,8 +707,8 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
         path for path in numbered(folder / f"{name}.json") if not path.exists() or command_of(path) == report["command"]
     )
     files, stem = [path, path.with_suffix(".md")], path.with_suffix("")
-    files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    files[1].write_text(bench_plot.markdown(report, measured_on_gpu(folder)), encoding="utf-8")
+    disk.write(files[0], json.dumps(report, indent=1) + "\n")
+    disk.write(files[1], bench_plot.markdown(report, measured_on_gpu(folder)))
     return [*files, *bench_plot.save(report, stem)]
 
 
@@ -753,7 +754,7 @@ def parity(path: Path, seconds: float | None) -> bool | None:
         # at once: what has been said outlasts an interruption
         done = subprocess.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, timeout=seconds)
         passed = done.returncode == 0
-    print(path.read_text(encoding="utf-8"))
+    print(path.read_text(encoding="utf-8", errors="replace"))  # the time may have been up within a letter
     return passed
 
 
@@ -789,9 +790,9 @@ def make_bench(given: argparse.Namespace, device: torch.device) -> Bench:
     try:
         lanes = sorted({int(part) for part in (given.lanes or "1,2,4,8,16,32").split(",")})
     except ValueError:
-        raise UserError(
-            f"--lanes is '{given.lanes}': write whole numbers with commas between, such as 1,2,4."
-        ) from None
+        lanes = [0]
+    if lanes[0] < 1:
+        raise UserError(f"--lanes is '{given.lanes}': write whole numbers with commas between, such as 1,2,4.")
     size = Size(device) if cuda else Size(device, steps=2, n_test=1000)
     asked = {"depth": given.depth, "batch_size": given.batch_size, "fused": given.fused}
     size = dataclasses.replace(size, **{name: value for name, value in asked.items() if value is not None})
@@ -800,7 +801,7 @@ def make_bench(given: argparse.Namespace, device: torch.device) -> Bench:
         size=size,
         dtypes=dtypes,
         turns=9 if full else 5,
-        lanes=[k for k in lanes if k >= 1],
+        lanes=lanes,
         batches=[32, 64, 128, 256, 512, 1024] if full else [32, 128, 256],
         depths=[8, 20, 32, 56],
         classes=[10, 100, 1000, 8142] if full else [10, 8142],
@@ -856,7 +857,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         in_turn(bench, [(name, functools.partial(WORKLOADS[name], bench)) for name in names])
     except KeyboardInterrupt:
         interrupted = True
-    if not bench.rows and (interrupted or bench.failed):
+    if not bench.rows:
         print("Nothing was measured: " + ("; ".join(bench.left_out) or "interrupted") + ".", file=sys.stderr)
         return 130 if interrupted else 1
     report |= {"seconds": round(time.monotonic() - began), "left_out": bench.left_out, "interrupted": interrupted}

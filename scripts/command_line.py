@@ -19,7 +19,7 @@ from cbl import config
 from cbl.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-INTERRUPTED = threading.Event()  # by SIGTERM, whose exception is lost where it strikes in a library's callback
+INTERRUPTED = threading.Event()  # by SIGTERM; a library may swallow the exception, so that long loops look here too
 TABLE = "A table is no setting of a run: make reproduce-table TABLE=digits trains what it lacks and shows it."
 
 

@@ -25,6 +25,8 @@ def main() -> None:
         raise UserError("--readme is for the published runs in their own place: leave it out, or --runs and --out.")
     renewed = asked.readme or (README if published and asked.results == RESULTS and README.exists() else None)
     old = text_of(renewed) if renewed else ""
+    if renewed:
+        readme.replace_block(old, "")  # refused before anything is written
     counts = dict(images_per_class(pair) for pair in asked.counts)
     found = store.read_folders(asked.runs) if asked.runs else store.load(results_folder(asked.results))
     for warning in found.warnings:
@@ -36,7 +38,7 @@ def main() -> None:
     written.append((asked.results if published else folder) / "index.html")
     disk.write(written[-1], page.page(built, found.runs, None if asked.runs else asked.results / "figures"))
     if renewed:
-        disk.write(renewed, readme.replace_block(old, readme.block(found.runs)))
+        disk.write(renewed, readme.replace_block(old, readme.block(found.runs, built)))
         written.append(renewed)
     print("\n".join(map(str, written)))
 

@@ -21,7 +21,9 @@ SYNTHETIC = {"device": "synthetic", "commit": "synthetic", "torch": "synthetic",
 SOURCES = {"cifar10_lt": (10, 5000, 1000), "cifar100_lt": (100, 500, 100), "digits_lt": (10, 124, 50)}
 TENTHS = range(1, 11)  # of a run's epochs, a row of metrics.jsonl each
 # as configs/experiment/digits.yaml
-DIGITS = {"model": {"depth": 8}, "recipe": {"epochs": 60, "batch_size": 64, "milestones": [48.0]}}
+DIGITS: dict[str, Any] = {
+    "model": {"depth": 8}, "recipe": {"epochs": 40, "batch_size": 64, "milestones": [32.0]}, "engine": {"eval_every": 5}
+}  # fmt: skip
 
 
 def run(dataset: str, factor: float, kind: str, beta: float = 0.0, seed: int = 0, **groups: Any) -> config.Run:
@@ -123,6 +125,8 @@ def main() -> None:
         write("runs", run("cifar10_lt", 50, "softmax", beta))
         write("runs", run("cifar10_lt", 50, "focal", beta))
         write("runs", run("digits_lt", 100, "softmax", beta, **DIGITS))
+    for drop in ({}, {"drop": 0.1}):  # an ablation's
+        write("runs", run("digits_lt", 50, "softmax", **DIGITS | {"recipe": DIGITS["recipe"] | drop}))
     write("runs", run("cifar100_lt", 100, "softmax"))
     # the balanced set, and the same with the other learning rate drop
     write("runs", run("cifar10_lt", 1, "sigmoid"))

@@ -372,6 +372,7 @@ def test_page_says_what_was_tried_on_the_cpu(written: tuple[dict[str, Any], Path
     rate = {row["name"]: row["images_per_second"] for row in bench_plot.select(report, "one run")}
     layout, onednn = (f"{rate[name] / rate[EAGER]:.2f}" for name in (NCHW, NO_ONEDNN))
     assert f"torch's default memory layout {layout}, torch's own convolutions in place of oneDNN's {onednn}." in page
+    assert "is a choice of the user. Not measured: torch.compile (`--full`)." in page
     shared = [
         {"section": "side by side", "name": "processes", "runs": k, "images_per_second": 100.0 * k} for k in (1, 2)
     ]
@@ -935,6 +936,7 @@ def test_processes_have_the_memory_that_this_one_no_longer_uses(
         (["--fused", "--device", "cpu"], "--fused needs a GPU"),
         (["--dtypes", "fp16"], "--dtypes has 'fp16'"),
         (["--lanes", "1,x"], "--lanes is '1,x'"),
+        (["--lanes", "4,0"], "--lanes is '4,0'"),
         (["--depth", "9"], "model.depth is 9"),
         (["--batch-size", "0"], "recipe.batch_size is 0"),
         (["--device", "tpu"], "engine.device is 'tpu'"),
@@ -1011,7 +1013,7 @@ def test_a_failed_process_is_named(benchmark: ModuleType, monkeypatch: pytest.Mo
     bench = small_bench(benchmark, lanes=[1])
     benchmark.processes(bench)
     benchmark.freed_memory(bench)
-    assert bench.rows == [] and "1 processes side by side: one of them failed" in bench.left_out[0]
+    assert bench.rows == [] and "a process on its own: one failed, see above" in bench.left_out[0]
     assert "freed memory: a process failed" in bench.left_out[1]
 
 

@@ -280,7 +280,7 @@ def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"model.safetensors cannot be read as weights"):
         export.load(path)
-    for metadata in (None, {"format": "pt"}):
+    for metadata in (None, {"format": "pt"}, {"cbl": "no json"}, {"cbl": "[]"}, {"cbl": "{}"}):
         safetensors.torch.save_file({"weight": torch.zeros(1)}, path, metadata)
         with pytest.raises(UserError, match=r"was not written by scripts/export.py"):
             export.load(path)
@@ -376,6 +376,7 @@ COMMANDS = [
     ["experiment=digits", "loss.reduction=weight_sum", "loss.beta=0.9", "recipe.learning_rate=0.00001"],
     ["model.prior_bias=true", "dataset.flip=false", "recipe.drop=0.1", "model.shortcut=projection", "engine.threads=1"],
     ["dataset=folder", "dataset.root='my images/ä, b=c'", "recipe.milestones=[]", "dataset.image_size=64"],
+    *(["dataset=folder", f"dataset.root='{root}'"] for root in ("2024", "1e3", "true", "größe", "nan")),
     ["dataset=folder", r"""dataset.root='a\b "c" \\\"d\\'"""],
     ["experiment=table3_inaturalist2018_resnet50_softmax"],
     ["experiment=table3_imagenet_resnet152_cbfocal320", "engine.micro_batch=64", "engine.sync_bn=true"],

@@ -30,6 +30,12 @@ def test_seeds_are_averaged_and_balancing_is_paired_with_its_baseline() -> None:
     assert rest[0].index("20.50") == rest[1].index("9.33")
 
 
+def test_single_pairs_among_others_are_no_interval() -> None:
+    ended = [record(beta, seed, 20.0 - beta) for beta in (0.0, 0.9) for seed in range(3)]
+    said = sweep.lines([*ended, record(0.99, 0, 18.0)])
+    assert said[0].endswith("with the same seed [range of the 3 pairs] (pairs)") and said[3].endswith("+2.00 (1)")
+
+
 def test_one_run_of_each_has_no_spread_and_no_interval() -> None:
     ended = [record(0.9, 0, 12.0), record(0.0, 0, 10.0)]
     first, balanced, plain = sweep.lines(ended)

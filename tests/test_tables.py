@@ -22,7 +22,7 @@ from cbl.errors import UserError
 from cbl.report import formats, readme, tables
 from cbl.report.tables import Cell, Panel, Table
 
-SHORT = {"model": {"depth": 8}, "recipe": {"epochs": 60, "batch_size": 64, "milestones": [48.0]}}  # as on the digits
+SHORT = {"model": {"depth": 8}, "recipe": {"epochs": 60, "batch_size": 64, "milestones": [48.0]}}  # not the digits' own
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +398,8 @@ def test_table1_computes_what_the_paper_has(nothing: pd.DataFrame) -> None:
     assert at(table.panels[0], "CIFAR-100, IF 200", "largest / smallest").values == (250.0,)
     assert at(table.panels[0], "iNaturalist 2018", "images").values == ()
     assert table.notes == [
-        "Not checked here: iNaturalist 2017, iNaturalist 2018, ILSVRC 2012 (their counts need the data set's index)."
+        "Not checked: iNaturalist 2017, iNaturalist 2018, ILSVRC 2012. `make reproduce-table TABLE=1` counts the "
+        "images of those that `make data` has prepared."
     ]
     given = tables.build("1", nothing, {"inaturalist2018": [1000, 2, 7]})
     assert at(given.panels[0], "iNaturalist 2018", "largest / smallest").verdict == "equal"

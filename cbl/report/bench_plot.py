@@ -105,7 +105,7 @@ def one_run(report: dict[str, Any]) -> Table:
         rows.append([row["name"], row["dtype"], number(rate), number(min(turns)), number(max(turns)), str(len(turns))])
         rows[-1] += [number(row["milliseconds"], 2), ratio(rate, bare), number(row["mebibytes"])]
     sizes = {f"ResNet-{row['depth']}, batch {row['batch_size']}" for row in select(report, "one run")}
-    return Table(f"One run at a time, {', '.join(sizes)}", columns, rows)
+    return Table(f"One run at a time, {', '.join(sorted(sizes))}", columns, rows)
 
 
 def ratio(rate: float, found: list[Row]) -> str:
@@ -192,7 +192,7 @@ def large(report: dict[str, Any]) -> Table:
         rows[-1] += [number(statistics.median(ratios[0]["ratio"]), 3) if ratios else ""]
         rows[-1] += [number(row["mebibytes_per_image"], 1)]
     sizes = {large_size(row) for row in select(report, "resnet50")}
-    return Table(f"A training step of the large sets: {'; '.join(sizes)}", columns, rows)
+    return Table(f"A training step of the large sets: {'; '.join(sorted(sizes))}", columns, rows)
 
 
 def large_size(row: Row) -> str:
@@ -298,6 +298,8 @@ def tried_on_cpu(report: dict[str, Any]) -> list[str]:
             for row in select(report, "one run", dtype=ours["dtype"])
             if row["name"] in words
         ]
+        measured = {row["name"] for row in select(report, "one run", dtype=ours["dtype"])}
+        left = [what for name, what in words.items() if name not in measured]
         tried += [
             f"{row['dtype']} {row['images_per_second'] / ours['images_per_second']:.2f}"
             for row in select(report, "one run", name=EAGER)
@@ -306,6 +308,7 @@ def tried_on_cpu(report: dict[str, Any]) -> list[str]:
         said.append(
             f"Tried on the CPU, as a share of the images/s of our step (channels_last, oneDNN, {ours['dtype']}): "
             f"{', '.join(tried)}. What gives other numbers than rounding, bf16, is a choice of the user."
+            + (f" Not measured: {', '.join(left)} (`--full`)." if left else "")
         )
     gained = [
         f"{what} {ours['images_per_second'] / other['images_per_second']:.2f}"

@@ -5,6 +5,7 @@ of runs shows what recorded runs produced, means over the runs of one cell and o
 without a run are visible gaps, and where there is no run at all the function returns None and nothing is drawn.
 """
 
+import io
 import json
 import re
 import textwrap
@@ -105,16 +106,18 @@ styled = mpl.rc_context(STYLE)
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Writes `stem`.svg and `stem`.png; the same figure gives the same bytes, so drawing it again makes no diff.
 
-    Raises `UserError` where they cannot be written.
+    Raises `UserError` where they cannot be written; what was there before then stays.
     """
     svg, png = (stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png"))
-    with disk.writing(stem.parent):
-        with mpl.rc_context({"svg.hashsalt": "cbl", "svg.fonttype": "path"}):
-            figure.savefig(svg, metadata={"Date": None, "Creator": None})
-            figure.savefig(png, metadata={"Software": None}, dpi=200)
-        with Image.open(png) as image:  # 256 colours do for lines on white, in a third of the bytes
-            few = image.convert("RGB").quantize(dither=Image.Dither.NONE)
-        few.save(png, optimize=True)
+    drawn = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "cbl", "svg.fonttype": "path"}):
+        with disk.whole(svg) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(drawn, format="png", metadata={"Software": None}, dpi=200)
+    with Image.open(drawn) as image:  # 256 colours do for lines on white, in a third of the bytes
+        few = image.convert("RGB").quantize(dither=Image.Dither.NONE)
+    with disk.whole(png) as file:
+        few.save(file, format="png", optimize=True)
     return [svg, png]
 
 
@@ -331,7 +334,7 @@ def error_against_beta(runs: pd.DataFrame) -> Figure | None:
                     _banded(ax, range(len(BETAS)), values, color=colour, marker=marker)
             ax.set_title(_at_factor(factor))
             low, high = ax.get_ylim()
-            # points: two standard errors of the difference of two single runs, 2 x 0.7 x √2; less than it looks small
+            # at least 2 points high: single runs are as far apart by chance (2 x 0.7 x √2), and less should look small
             lacking = max(0, 2 - (high - low)) / 2
             ax.set_ylim(low - lacking, high + lacking)
             ax.set_xticks(range(len(BETAS)), [f"{beta:g}" for beta in BETAS], rotation=90 if len(factors) > 2 else 0)
@@ -521,7 +524,7 @@ def moved_drop(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
     if not found:
         return None
     figure = Figure((PAGE, 2.6 * len(found) + 0.2))
-    apart: list[float] = []  # epochs between the points of a grey line, between which others part from it
+    apart: list[float] = []  # epochs between two evaluations of the official run, the grey line
     for ax, (column, moved) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found.items(), strict=True):
         seeds = Counter(tables.seed_label(row) for _, row in moved)
         seed = max(seeds, key=seeds.__getitem__)

@@ -39,7 +39,7 @@ def paper_text(cell: Cell) -> str:
 
 
 def ours_text(cell: Cell) -> str:
-    """`29.40 ± 0.31 (3) ≈`, `+1.20 [0.80, 1.60] (3)`, or the gap."""
+    """`29.40 ± 0.31 (3) ≈`, `+1.20 [+0.80, +1.60] (3)`, or the gap."""
     if cell.mean is None:
         return GAP
     if cell.kind == "count":
@@ -194,8 +194,10 @@ def latex(table: Table) -> str:
         sides = _sides(panel)
         columns = len(panel.columns) * len(sides)
         n = common_n(panel)
-        counted = "pair" if kinds(panel.cells()) <= {"gain", "difference"} else "run"
-        said = f" {plural(n, counted)} in each cell." if n else ""
+        compared = [kind in ("gain", "difference") for kind in kinds(panel.cells())]
+        counted = "pair" if all(compared) else "run"
+        more = " or pairs" if any(compared) and not all(compared) else ""
+        said = f" {plural(n, counted)}{more} in each cell." if n else ""
         caption = f"{table.title}. {panel.title}.{said} {table.caption} {table.legend}"
         lines += ["", r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}"]
         lines.append(r"\resizebox{\ifdim\width>\linewidth \linewidth\else\width\fi}{!}{%")  # wide ones shrink

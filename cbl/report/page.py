@@ -234,8 +234,14 @@ def _tip(cell: Cell, label: str, column: str) -> str:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
+def _place(path: Path) -> tuple[int, str]:
+    """The paper's figures first, by their numbers."""
+    number = re.match(r"fig(\d+)", path.stem)
+    return int(number[1]) if number else 1000, path.stem
+
+
 def _figures(folder: Path | None) -> str:
-    paths = sorted(folder.glob("*.svg")) if folder is not None and folder.is_dir() else []
+    paths = sorted(folder.glob("*.svg"), key=_place) if folder is not None and folder.is_dir() else []
     paths = [path for path in paths if path.stat().st_size <= LARGEST_FIGURE]
     if not paths:
         return ""

@@ -13,21 +13,23 @@ from cbl import store
 from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
-from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
+from cbl.report.tables import ABLATED, BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
 from cbl.report.verdict import bootstrap, interval_name, verdict
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMED = 3  # cells named in a sentence; the others are counted
 
 
-def block(runs: pd.DataFrame) -> str:
-    """The results block from rows of runs.csv, markers included."""
-    built = {name: tables.build(name, runs) for name in tables.NAMES}
+def block(runs: pd.DataFrame, built: Mapping[str, Table] | None = None) -> str:
+    """The results block from rows of runs.csv, markers included. built: all tables of them, where they are at hand."""
+    built = built or {name: tables.build(name, runs) for name in tables.NAMES}
     lines = [BEGIN, "<!-- Made by `make tables` from results/runs.csv. -->", "", " ".join(what_was_run(runs)), ""]
     for name in ("digits", "ablation_digits", "conditions", "division", "division_cifar"):
         table = built[name]
         if any(cell.values for cell in table.cells()):
-            lines += [f"### {table.title}", "", f"{table.caption} {table.legend}", ""]
+            known = any(ABLATED in line for line in lines)
+            legend = table.legend.replace(ABLATED, "To be read as the ablation above.") if known else table.legend
+            lines += [f"### {table.title}", "", f"{table.caption} {legend}", ""]
             for panel in table.panels[:2]:
                 if not panel.apart:
                     lines += [f"**{panel.title}**", "", *panel_markdown(panel), ""]
@@ -51,11 +53,6 @@ def replace_block(readme: str, new: str) -> str:
     return readme[: readme.index(BEGIN)] + new + readme[readme.index(END) + len(END) :]
 
 
-def is_stale(readme: str, runs: pd.DataFrame) -> bool:
-    """Whether the README's results block is another than the one that `runs` give."""
-    return replace_block(readme, block(runs)) != readme
-
-
 # -- sentences ---------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +69,7 @@ def what_was_run(runs: pd.DataFrame) -> list[str]:
         said += [
             f"{plural(len(done), 'run')} of {plural(done['cell'].nunique(), 'setting')}: {sets}.",
             f"Seeds {_numbers(done['seed'])}, subset seeds {_numbers(done['subset_seed'])}; {_counted(done['dtype'])}.",
-            f"{hours:,.1f} hours on {_counted(done['device'])}; code at {_counted(done['commit'])}.",
+            f"{hours:,.1f} hours on {_counted(done['device'])}; code at {_counted(done['commit'], most=3)}.",
         ]
     return [*said, f"{plural(failed, 'run')} failed and left no number."] if failed else said
 
@@ -83,7 +80,7 @@ def findings(built: Mapping[str, Table], runs: pd.DataFrame) -> list[str]:
     Last, what another arithmetic than fp32 does to the error.
     """
     said = []
-    compared: dict[str, str] = {}  # with the paper: by run the table that did so first
+    compared: dict[str, str] = {}  # run id -> the first table that compared it with the paper
     for table in built.values():
         if sentences := _agreement(table) + _gains(table) + _changes(table) + _moved(table):
             mine = {run_id for cell in table.cells() if cell.paper is not None for run_id in cell.run_ids}
@@ -128,8 +125,8 @@ def _agreement(table: Table) -> list[str]:
     either = sum(verdict((cell.paper or 0.0) + (gain or 0.0), cell.values) == "agrees" for cell, gain in balanced)
     if either:
         said.append(
-            f"The band is wide: of the {len(balanced)} class-balanced ones {either} would agree with the paper's "
-            "number without balancing as well."
+            f"The band is wide: of our {len(balanced)} class-balanced numbers {either} would also agree with what the "
+            "paper reports without balancing."
         )
     for judged in ("better", "worse"):
         apart = [cell for cell in run.values() if cell.verdict == judged]
@@ -152,7 +149,7 @@ def _gains(table: Table) -> list[str]:
         f"{plural(len(gains), 'setting')}"
     )
     if not paired:
-        return [f"{better}, by one pair of runs each, which gives no interval."]
+        return [f"{better}, from one pair of runs each, which gives no interval."]
     interval = interval_name(*(len(cell.values) for cell in paired))
     which = f"; of the {len(paired)} with more than one pair of runs the" if len(paired) < len(gains) else "; the"
     return [f"{better}{which} {interval} is above zero in {surely} and below zero in {harmful}."]
@@ -171,11 +168,11 @@ def _changes(table: Table) -> list[str]:
     said = []
     if paired:
         interval = interval_name(*(len(cell.values) for cell in paired))
-        leaves = f"in {len(clear)} the {interval} leaves out zero"
-        said.append(f"{plural(len(paired), 'change')} run, {leaves}{_named(clear, fewest)}.")
+        leaves = f"in {len(clear)} of them the {interval} leaves out zero"
+        said.append(f"{plural(len(paired), 'change')} tried; {leaves}{_named(clear, fewest)}.")
     if lone:
         named = _named(lone, fewest)
-        said.append(f"{plural(len(lone), 'change')} run by one pair of runs, which gives no interval{named}.")
+        said.append(f"{plural(len(lone), 'change')} tried with one pair of runs each, which gives no interval{named}.")
     return said
 
 
@@ -207,8 +204,8 @@ def _dtypes(runs: pd.DataFrame) -> list[str]:
             interval = f" [{interval_name(gain.n)} {signed(gain.interval[0])}, {signed(gain.interval[1])}]"
         sets = ", ".join(TITLES.get(name, name) for name in found["dataset"].unique())
         said.append(
-            f"Arithmetic: {plural(gain.n, 'pair')} of runs ({sets}) differ in dtype alone; the error in {dtype} is "
-            f"{signed(gain.mean)} points from that in fp32{interval}."
+            f"Arithmetic: {plural(gain.n, 'pair')} of runs ({sets}) differ in dtype alone; the error in {dtype} minus "
+            f"that in fp32 is {signed(gain.mean)} points{interval}."
         )
     return said
 
@@ -236,12 +233,14 @@ def _numbers(column: pd.Series) -> str:
     return ", ".join(map(str, values))
 
 
-def _counted(column: pd.Series) -> str:
-    """`fp32` when it is the same for all, else each with its number of runs."""
+def _counted(column: pd.Series, most: int | None = None) -> str:
+    """`fp32` when it is the same for all, else each, or the `most` frequent ones, with its number of runs."""
     count = Counter(value if isinstance(value, str) and value else "unknown" for value in column)
     if len(count) == 1:
         return next(iter(count))
-    return ", ".join(f"{name} ({n:,})" for name, n in count.most_common())
+    named = [f"{name} ({n:,})" for name, n in count.most_common(most)]
+    more = len(count) - len(named)
+    return ", ".join(named) + (f" and {more} more, in runs.csv" if more else "")
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def lines(ended: Sequence[Row]) -> list[str]:
         return []
     said = ["Test error after the last step, %: mean ± standard deviation (runs)"]
     if counts:
-        interval = f" [{interval_name(*counts)}]" if max(counts) > 1 else ""
+        interval = f" [{interval_name(*(n for n in counts if n > 1))}]" if max(counts) > 1 else ""
         said[0] += f"; how much lower than at beta 0 with the same seed{interval} (pairs)"
     said += _measured(operator.itemgetter("error_last"), cells, paired)
     if any(records.is_skewed(row) for rows in cells.values() for row in rows):

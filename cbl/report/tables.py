@@ -75,21 +75,21 @@ CONDITIONS = [
 DROPS, AFTER_DROP = range(100, 161, 10), 20
 
 LEGEND = (
-    "≈ agrees with the paper within two standard errors, √(0.7² + s²/n) each, s our standard deviation (0.7 when "
-    "n < 3); ↓ better (lower error); ↑ worse."
+    "≈ agrees with the paper: within two standard errors of the difference, one of which is √(0.7² + s²/n), where s is "
+    "the standard deviation of our n runs (0.7 when n < 3); ↓ ours is better (lower error); ↑ ours is worse."
 )
-ERRORS = "Test error (%) after the last step, mean ± standard deviation (runs). – is a gap: not run."
+ERRORS = "Test error (%) after the last step, mean ± standard deviation (number of runs). –: not run."
 BOLD = "The lowest error of a column is bold."
 PAIRED = (
-    "paired by seed and subset: mean [95 % bootstrap interval of 10,000 resamples; of up to three pairs it is their "
-    "whole range] (pairs)."
+    "paired by seed and subset: mean [95 % bootstrap interval from 10,000 resamples; for two or three pairs, their "
+    "whole range] (number of pairs)."
 )
 GAINS = f"Gains (points) are {PAIRED}"
 FEWEST = "its classes with the fewest images"
 ABLATED = (
-    f"Errors after the last step, mean ± standard deviation (runs). Changes are {PAIRED} Blank: without effect there. "
-    f"– is a gap: not run. {FEWEST.capitalize()}: mean error over a third of up to ten classes, else over those of "
-    "fewer than 20 images."
+    f"Errors after the last step, mean ± standard deviation (number of runs). Changes are {PAIRED} Blank: the change "
+    f"has no effect on this loss. –: not run. {FEWEST.capitalize()}: of up to ten classes the third with the fewest, "
+    "of more classes those with fewer than 20 images; the error is the mean over these classes."
 )
 
 Kind = Literal["error", "best", "gain", "difference", "count"]
@@ -345,7 +345,10 @@ def one_dtype(done: Done, wanted: Iterable[Setting]) -> tuple[Done, str, list[st
     drawn = {setting: rows for setting, rows in found.items() if (setting.imbalance_factor or 1) > 1}
     subsets = {row["subset_seed"] for rows in drawn.values() for row in rows}
     if len(subsets) == 1 and any(len(rows) > 1 for rows in drawn.values()):
-        sentence += " They share one choice of training images, whose spread no deviation or interval here holds."
+        sentence += (
+            " They share one choice of training images: no deviation or interval here covers what another choice would "
+            "change."
+        )
     return found, sentence, notes
 
 
@@ -442,7 +445,7 @@ def best_on_test(panel: Panel) -> Panel:
     """The error cells of a panel once more, by the lowest error of all evaluations."""
 
     def best(cell: Cell | None) -> Cell | None:
-        return cell and replace(cell, kind="best", paper=None, values=cell.best)
+        return cell and replace(cell, kind="best", paper=None, values=cell.best)  # none of a run without evaluations
 
     rows = [(label, [best(cell) for cell in cells]) for label, cells in panel.rows if "gain" not in kinds(cells)]
     return Panel(f"{panel.title}, lowest error of all evaluations: chosen on the test set", panel.columns, rows, True)
@@ -511,7 +514,12 @@ def table1(counts: Mapping[str, Sequence[int]]) -> Table:
         "for CIFAR, where it gives ranges, those of the official code.",
         "= equal, ≠ differs, – is a gap: not checked.",
         [Panel("Training sets", ["classes", "largest class", "smallest class", "largest / smallest", "images"], rows)],
-        [f"Not checked here: {', '.join(unchecked)} (their counts need the data set's index)."] if unchecked else [],
+        [
+            f"Not checked: {', '.join(unchecked)}. `make reproduce-table TABLE=1` counts the images of those that "
+            "`make data` has prepared."
+        ]
+        if unchecked
+        else [],
     )
 
 
@@ -556,8 +564,8 @@ def table2(done: Done) -> Table:
     return Table(
         "2",
         "Table 2: long-tailed CIFAR",
-        f"{caption} The paper chose its class-balanced row on test error, as the best of 25 settings; ours runs the "
-        "setting it chose.",
+        f"{caption} The paper chose its class-balanced row on test error, as the best of 25 settings; ours uses "
+        "the settings it chose.",
         f"{ERRORS} {BOLD} {LEGEND} {GAINS}",
         [*panels, footnote, *(best_on_test(panel) for panel in panels)],
         notes,
@@ -612,9 +620,9 @@ def ablation_digits(done: Done) -> Table:
         "ablation_digits",
         "Ablation on digits: one detail changed at a time, imbalance factor 50",
         f"{_recipe(DIGITS)}, as in the embedded table; every seed draws a subset of its own. {caption} First row: test "
-        "error (%); others: its change in points, positive is worse. Small images, a small network and few of either: "
-        "what matters here need not matter on CIFAR.",
-        f"{ABLATED} Of seventeen such intervals of forty pairs one leaves out zero by chance.",
+        "error (%); others: its change in points, positive is worse. The images are small and few, and the network "
+        "is small: what matters here need not matter on CIFAR.",
+        f"{ABLATED} By chance one in seventeen such intervals of forty pairs leaves out zero.",
         panels,
         notes,
     )
@@ -676,8 +684,8 @@ def _applies(word: str, setting: Setting) -> bool:
     """Whether the departure changes anything at that loss and beta."""
     if word.startswith("loss.reduction="):
         return setting.beta > 0
-    official = (NO_PRIOR, 'recipe.decay_scope="everything"')  # of softmax
-    return not (setting.loss == "softmax" and word in official)
+    as_it_is = (NO_PRIOR, 'recipe.decay_scope="everything"')  # softmax has neither prior nor exemption
+    return not (setting.loss == "softmax" and word in as_it_is)
 
 
 def conditions(done: Done) -> Table:
@@ -711,7 +719,7 @@ def conditions(done: Done) -> Table:
         "When a detail matters: the two largest changes of the ablation on digits under other conditions",
         f"Without class balancing. {_recipe(DIGITS)} where the row says nothing else; every seed draws a subset of its "
         f"own. {caption} Positive is worse.",
-        ABLATED,
+        f"{ABLATED} {BOLD}",
         [panel("error_last"), panel("error_few"), Panel("Digits, test error without the change (%)", columns, errors)],
         notes,
     )
@@ -745,10 +753,10 @@ def division(name: str, done: Done) -> Table:
         name,
         f"Division by the drawn weights on {data}: what undoes it",
         f"{recipe}{caption} All rows are of the same seeds. First row: test error (%); others: its change in points, "
-        f"positive is worse. An image drawn weighs {tried.weight} on average, so dividing by the weights makes "
-        f"{tried.times} times the gradient; to SGD a loss k times as large is a learning rate k times as large and a "
-        f"k-th of the weight decay. Where the row says nothing else the learning rate is 0.1 and the weight "
-        "decay 0.0002.",
+        f"positive is worse. A drawn image has weight {tried.weight} on average, so dividing by the sum of the "
+        f"weights multiplies the gradient by {tried.times}; for SGD, a loss k times as large amounts to k times the "
+        "learning rate and a k-th of the weight decay. Unless the row says otherwise, the learning rate is 0.1 and the "
+        "weight decay 0.0002.",
         ABLATED,
         [panel("error_last"), panel("error_few")],
         notes,
@@ -769,9 +777,10 @@ def drop(done: Done) -> Table:
     ]
     return Table(
         "drop",
-        "Moved drop: what an error owes to the epoch at which the learning rate drops, CIFAR-10 IF 200",
-        f"{caption} The official run drops at epoch 160, and once more at 180, after which it hardly moves. Up to its "
-        "drop every run of a column is the official one of its seed; a later drop also means more training before it.",
+        "Moved drop: how the error depends on the epoch at which the learning rate drops, CIFAR-10 IF 200",
+        f"{caption} The official run drops at epoch 160 and again at 180, after which it hardly moves. Up to its "
+        "drop, every run of a column is identical to the official run of its seed; a later drop also means more "
+        "training before it.",
         f"{ERRORS} {BOLD}",
         [Panel("CIFAR-10, IF 200", [setting_label(setting) for setting in columns], rows)],
         notes,
