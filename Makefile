@@ -28,7 +28,7 @@ lint: setup ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-reproduce-table: setup ## train what TABLE=digits|1|2|grid10|grid20|grid100|ablation|ablation_digits|conditions|division|division_cifar|drop|3 lacks, show it: SEEDS=0,1,2 DRY=1 BUDGET=s REUSE=1 DEVICE= SET=key=value
+reproduce-table: setup ## train the runs that a table still lacks, then show it: TABLE=digits|1|2|grid10|grid20|grid100|ablation|ablation_digits|conditions|division|division_cifar|drop|3 SEEDS=0,1,2 DRY=1 BUDGET=s REUSE=1 DEVICE= SET=key=value
 	$(RUN) scripts/reproduce_table.py --table $(TABLE) --seeds '$(SEEDS)' $(if $(filter-out $(NO),$(DRY)),--dry) \
 	  $(if $(filter-out $(NO),$(REUSE)),--reuse) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEVICE),--device $(DEVICE)) \
 	  $(if $(SET),--set $(SET))
@@ -51,10 +51,10 @@ notebooks: setup ## notebooks/ executed to HTML in outputs/notebooks
 figures: setup ## results/figures, from results/
 	$(RUN) scripts/figures.py
 
-bench: setup ## how fast training, loading and the ResNet-50 step are here: a page in results/bench: BUDGET=s
+bench: setup ## measure training, loading and the ResNet-50 step on this machine, into a page in results/bench: BUDGET=s
 	$(RUN) scripts/benchmark.py $(if $(BUDGET),--budget $(BUDGET))
 
-tune: setup ## the fastest tiles of engine.fused's kernels on this GPU, to paste: LANES=1 BUDGET=s
+tune: setup ## find the fastest tiles for engine.fused's kernels on this GPU, printed to paste: LANES=1 BUDGET=s
 	$(RUN) scripts/tune.py --lanes $(or $(LANES),1) $(if $(BUDGET),--budget $(BUDGET))
 
 .PHONY: help setup test lint reproduce-table data collect tables figures notebooks bench tune

@@ -31,6 +31,47 @@ def test_the_folder_it_shows_is_that_of_its_first_run() -> None:
     assert f"outputs/runs/{config.run_id(run)}/" in README
 
 
+def test_what_it_says_at_once_was_run() -> None:
+    """Its results block, which another test holds, says what was not."""
+    [(gaps, cells)] = re.findall(r"^- Table 2: (\d+) of (\d+) cells\.$", README, re.MULTILINE)
+    words = " ".join(README.split())
+    run = int(cells) - int(gaps)
+    assert f"on CPUs alone: all tables on handwritten digits, {run} of the {cells} cells of Table 2" in words
+    devices = set(store.load(ROOT / "results").runs["device"])
+    assert devices and all(re.match(r"AMD EPYC|Intel\(R\) Xeon", device) for device in devices)
+
+
+def test_what_came_out_is_what_its_results_say() -> None:
+    words = " ".join(README.split())
+    [(better, of, surely)] = re.findall(
+        r"- Embedded table: .* in (\d+) of (\d+) settings; the range of the 3 pairs is above zero in (\d+) ", README
+    )
+    assert f"in {better} of {of} settings; in {surely} of them the range of the three pairs of runs is above" in words
+    [(run, agree)] = re.findall(r"- Table 2: (\d+) numbers compared, (\d+) within two standard errors", README)
+    assert run == agree and f"Of Table 2, all {run} numbers run agree with the paper's." in words
+    [band] = re.findall(r"- Table 2: .* The band is wide: (of our .* without balancing)\.", README)
+    assert f"The band is wide: {band}, and on CIFAR-100" in words
+
+
+def test_the_speeds_are_those_of_the_first_look() -> None:
+    page = (ROOT / "results/bench/nvidia-h200-first-look-2026-11-26.md").read_text(encoding="utf-8")
+
+    def images_per_second(*row: str) -> float:
+        [value] = re.findall(rf"^\| {re.escape(' | '.join(row))} \| ([\d,]+) \|", page, re.MULTILINE)
+        return float(value.replace(",", ""))
+
+    one = images_per_second("step, captured", "bf16", "1")
+    many = images_per_second("step, captured, a stream each", "bf16", "8")
+    fused = images_per_second("fused kernels, captured", "bf16", "1")
+    fused_many = images_per_second("fused kernels, a stream each", "bf16", "8")
+    rounded = [f"{value / 1000:.0f},000" for value in (one, many, fused, fused_many)]
+    words = " ".join(README.split())
+    assert "one run reached {} images/s and 8 together {}; ".format(*rounded[:2]) in words
+    assert "(off by default), {} and {}.".format(*rounded[2:]) in words
+    compiled = images_per_second("our step", "yes (other processes beside it)") / images_per_second("our step", "no")
+    assert f"{compiled:.1f} times as fast through `torch.compile`" in words
+
+
 def test_the_digits_that_are_expected_are_those_published() -> None:
     """The head of configs/experiment/digits.yaml."""
     words = (ROOT / "configs/experiment/digits.yaml").read_text(encoding="utf-8")
@@ -138,8 +179,10 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
         rows["The same at learning rate 0.0105"],
         rows["The same at learning rate 0.0105 and weight decay 0.0019"],
     )
-    assert slower.seeds == ("0", "1") and min(slower.values) > 3 and not undone.values  # else README says more
-    assert "(seeds 0 and 1: {:+.2f}, {:+.2f})".format(*slower.values) in " ".join(README.split())
+    assert slower.seeds == undone.seeds == ("0", "1") and min(slower.values) > 3
+    words = " ".join(README.split())
+    assert "(seeds 0 and 1: {:+.2f}, {:+.2f}): the weight decay".format(*slower.values) in words
+    assert "there too (seeds 0 and 1: {:+.2f}, {:+.2f}), and".format(*undone.values).replace("-", "−") in words
     assert [round(error) for error in divided] == [37, 37] and min(divided) > max(plain)
     none, left, all_of_it = (
         np.array(of(*asked, "error_few")) for asked in ((0.0, "batch"), (0.9999, "weight_sum"), (0.9999, "batch"))
@@ -149,6 +192,21 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
     cell = grids.loss.eq("softmax") & grids.dataset.eq("cifar10_lt") & grids.imbalance_factor.eq(200)
     [printed] = grids[cell & grids.beta.eq(0.9999)].error
     assert printed == 31.11 and verdict(printed, divided) == "worse"
+    both = [before + change for before, change in zip(batch, undone.values, strict=True)]
+    assert verdict(printed, both) == "agrees"
+    few = dict(tables.build("division_cifar", store.load(ROOT / "results").runs).panels[1].rows)
+    [left], [cost] = (
+        few[row]
+        for row in (
+            "The same at learning rate 0.0105 and weight decay 0.0019",
+            "Loss divided by the sum of the drawn weights",
+        )
+    )
+    assert f"{left.mean:.1f} of the {cost.mean:.1f} points that the division costs are left" in words
+    counts = np.array(class_counts(10, 200, 5000))
+    weights = class_balanced_weights(counts, 0.9999).numpy()
+    assert round(weights[-1], 1) == 4.4
+    assert round(weights[-1] / (128 * (counts * weights).sum() / counts.sum()), 2) == 0.33
     for factor, weight in ((200, 0.10), (100, 0.17)):
         counts = np.array(class_counts(10, factor, 5000))
         drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()

@@ -10,7 +10,7 @@ from make_miniature import MINIATURE
 
 from cbl import store
 from cbl.errors import UserError
-from cbl.report import formats, readme, tables, verdict
+from cbl.report import formats, page, readme, tables, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,35 +25,34 @@ def nothing(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return store.load(tmp_path_factory.mktemp("results")).runs
 
 
+def is_stale(text: str, runs: pd.DataFrame) -> bool:
+    return readme.replace_block(text, readme.block(runs)) != text
+
+
 def test_the_readme_is_not_stale() -> None:
-    path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("there is no README.md yet")
-    runs = store.load(ROOT / "results").runs
-    assert not readme.is_stale(path.read_text(encoding="utf-8"), runs), "run `make tables`"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not is_stale(text, store.load(ROOT / "results").runs), "run `make tables`"
 
 
 def test_published_tables_are_not_stale(tmp_path: Path) -> None:
     published = ROOT / "results/tables"
-    if not published.exists():
-        pytest.skip("no tables are published yet")
     runs = store.load(ROOT / "results").runs
-    for name in tables.NAMES:
-        if name == "1":
-            continue  # it may have been rendered with --counts
-        for path in formats.write(tables.build(name, runs), tmp_path):
-            assert (published / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), path.name
+    built = {name: tables.build(name, runs) for name in tables.NAMES}
+    for path in [path for table in built.values() for path in formats.write(table, tmp_path)]:
+        assert (published / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), path.name
+    shown = (ROOT / "results/index.html").read_text(encoding="utf-8")
+    assert shown == page.page(built, runs, ROOT / "results/figures"), "run `make tables`"
 
 
 def test_block_is_put_between_its_markers(miniature: pd.DataFrame, nothing: pd.DataFrame) -> None:
     text = f"# Title\n\n{readme.BEGIN}\nstale words\n{readme.END}\n\n## Next\n"
-    assert readme.is_stale(text, miniature)
+    assert is_stale(text, miniature)
     new = readme.replace_block(text, readme.block(miniature))
     assert new.startswith("# Title\n\n") and new.endswith("\n\n## Next\n") and "stale words" not in new
-    assert not readme.is_stale(new, miniature)
+    assert not is_stale(new, miniature)
     assert readme.replace_block(new, readme.block(miniature)) == new
-    assert readme.is_stale(new, nothing)
-    assert readme.is_stale(new.replace("35.30", "35.31"), miniature)
+    assert is_stale(new, nothing)
+    assert is_stale(new.replace("35.30", "35.31"), miniature)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +128,9 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
         for shown, apart in ((cells, False), (fewest, True))
     ]
     assert readme._changes(tables.Table("ablation_digits", "", "", "", panels)) == [
-        "2 changes run, in 1 the range of the 2 or 3 pairs leaves out zero: Softmax on digits IF 50 with "
+        "2 changes tried; in 1 of them the range of the 2 or 3 pairs leaves out zero: Softmax on digits IF 50 with "
         "recipe.drop=0.1 (+2.00, in its classes with the fewest images +5.00).",
-        "1 change run by one pair of runs, which gives no interval: Softmax on digits IF 50 with "
+        "1 change tried with one pair of runs each, which gives no interval: Softmax on digits IF 50 with "
         "recipe.input_scaling=mean_std (−1.50).",
     ]
 
@@ -156,7 +155,7 @@ def test_a_change_of_one_pair_of_runs_claims_no_interval() -> None:
             "2 of 2 settings; of the 1 with more than one pair of runs the range of the 2 pairs is above "
             "zero in 1 and below zero in 0.",
         ),
-        ([(0.5,)], "1 of 1 setting, by one pair of runs each, which gives no interval."),
+        ([(0.5,)], "1 of 1 setting, from one pair of runs each, which gives no interval."),
     ],
 )
 def test_a_gain_of_one_pair_of_runs_claims_no_interval(pairs: list[tuple[float, ...]], said: str) -> None:
@@ -218,7 +217,7 @@ def test_what_the_band_cannot_tell_apart_is_said(nothing: pd.DataFrame) -> None:
     gains = [tables.Cell("gain", near, 1.0, (1.0,)), tables.Cell("gain", far, 4.0, (4.0,))]
     panel = tables.Panel("", ["a", "b", "c"], [("", errors), ("", gains)])
     table = tables.Table("2", "Table 2: long-tailed CIFAR", "", "", [panel])
-    wide = "of the 2 class-balanced ones 1 would agree with the paper's number without balancing as well."
+    wide = "of our 2 class-balanced numbers 1 would also agree with what the paper reports without balancing."
     assert f"The band is wide: {wide}" in readme._agreement(table)
     again = tables.Table("grid10", "Figure 8: the search", "", "", [panel])
     other = tables.Panel("", ["a"], [("", [tables.Cell("error", plain, 31.0, (31.0,), run_ids=("d",))])])
@@ -261,10 +260,10 @@ def test_another_dtype_is_held_against_fp32_on_pairs(miniature: pd.DataFrame) ->
     stranger = other.assign(beta=0.5)  # no run in fp32 is like it
     (said,) = readme._dtypes(pd.concat([done, other, stranger], ignore_index=True))
     mean = f"{shift.mean():+.2f}"
-    assert f"{len(done)} pairs of runs" in said and f"the error in bf16 is {mean} points from that in fp32 [" in said
+    assert f"{len(done)} pairs of runs" in said and f"the error in bf16 minus that in fp32 is {mean} points [" in said
     low, high = (float(value) for value in re.search(r"interval \+([\d.]+), \+([\d.]+)\]", said).groups())
     assert 0.5 < low < shift.mean() < high < 1.5
     (said,) = readme._dtypes(pd.concat([done, other.head(1)], ignore_index=True))
     assert "1 pair of runs" in said and "interval" not in said
     (said,) = readme._dtypes(pd.concat([done, other.head(3)], ignore_index=True))
-    assert said.endswith("is +1.17 points from that in fp32 [range of the 3 pairs +0.50, +1.50].")
+    assert said.endswith("minus that in fp32 is +1.17 points [range of the 3 pairs +0.50, +1.50].")
