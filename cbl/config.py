@@ -94,10 +94,10 @@ class Engine:
     lanes: int | None = None  # runs side by side on one GPU; None: measured; the CPU has one
     capture: bool = True  # on CUDA, replay the whole step as one CUDA graph
     fused: bool = False  # on CUDA, kernels of our own (cbl/engine/fused.py) in place of cuDNN's; not for the large sets
-    # From here on for the large sets alone.
+    # From here on for the large sets alone, but for `compile`.
     micro_batch: int | None = None  # images normalised together; None: 128 as on the authors' TPU, or what fits
     sync_bn: bool = False  # normalise over the micro-batches of all processes
-    compile: bool = False  # torch.compile
+    compile: bool = False  # torch.compile: about a minute at the start, faster from then on
     workers: int | None = None  # processes that decode, for each one that trains; None: its share of the CPU cores
 
 
@@ -424,6 +424,8 @@ def _check(run: Run) -> None:
         need(not unable, "engine.sync_bn", "true", "it needs model=resnet50, resnet101 or resnet152")
     both = run.engine.deterministic and run.engine.fused
     need(not both, "engine.deterministic", "true", "the fused kernels add in any order: set engine.fused=false")
+    both = run.engine.compile and run.engine.fused
+    need(not both, "engine.compile", "true", "the fused kernels are compiled already: set engine.fused=false")
     need(0 <= loss.beta <= 1, "loss.beta", loss.beta, "it must be in [0, 1], for example 0.9999")
     need(r.learning_rate > 0, "recipe.learning_rate", r.learning_rate, "it must be above 0")
     need(0 <= r.momentum < 1, "recipe.momentum", r.momentum, "it must be in [0, 1)")

@@ -57,7 +57,7 @@ def evaluate_run(path: Path, device: str, data_root: str | None) -> dict[str, An
     folder, weights = locate(path)
     record = records.read_record(folder) if weights.name in OF_RUNS else exported(weights)[0]
     run = config.from_mapping(record["config"])
-    run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, device=device, capture=False))
+    run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, device=device, capture=False, compile=False))
     if data_root is not None:  # nothing is to be downloaded to where somebody says that the data is
         run = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, root=data_root, download=False))
     ready = prepare(run, record)

@@ -206,6 +206,8 @@ def test_what_has_a_least_is_a_key() -> None:
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(UserError, match=r"^engine.deterministic is true, but .* set engine.fused=false\.$"):
         made({"engine.deterministic": True, "engine.fused": True})
+    with pytest.raises(UserError, match=r"^engine.compile is true, but .* set engine.fused=false\.$"):
+        made({"engine.compile": True, "engine.fused": True})
     large = {"dataset.name": "imagenet", "dataset.imbalance_factor": None, "engine.sync_bn": True}
     with pytest.raises(UserError, match=r"^engine.sync_bn is true, but it needs model=resnet50, .*\.$"):
         made(large)

@@ -369,6 +369,39 @@ def test_other_images_under_the_same_name_are_refused(tmp_path: Path, key: str) 
     assert resident.train([run])[0]["status"] == "done"
 
 
+def test_a_compiled_network_is_trained_and_the_network_itself_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, forwards = torch.compile, []
+
+    def compiled(model: torch.nn.Module, dynamic: bool) -> torch.nn.Module:
+        forwards.append(original(model, dynamic=dynamic, backend="eager"))  # which needs no compiler
+        return forwards[-1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    plain, other = (digits(tmp_path / str(c), engine__compile=c, recipe__epochs=1) for c in (False, True))
+    assert config.run_id(plain) == config.run_id(other)
+    expected, record = resident.train([plain])[0], resident.train([other])[0]
+    assert len(forwards) == 1 and record["device"] == expected["device"] + ", torch.compile"
+    assert record["per_class_error"] == expected["per_class_error"]
+    assert same(weights(records.folder_of(plain)), weights(records.folder_of(other)))
+    monkeypatch.setenv("CXX", "no-compiler")
+    (record,) = resident.train([digits(tmp_path / "none", engine__compile=True)])
+    assert record["failure"] == "engine.compile=true needs a compiler, and there is no no-compiler: leave it out."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_compiled_for_this_machine_a_run_ends_alike(tmp_path: Path, dtype: str) -> None:
+    runs = [digits(tmp_path / str(c), engine__compile=c, engine__dtype=dtype, recipe__epochs=1) for c in (False, True)]
+    ended = [resident.train([run])[0] for run in runs]
+    assert [record["status"] for record in ended] == ["done", "done"]
+    plain, compiled = (weights(records.folder_of(run)) for run in runs)
+    for name, value in plain.items():
+        near = {"fp32": 1e-3, "bf16": 0.2}[dtype]
+        assert (compiled[name].double() - value.double()).norm() <= near * value.double().norm() + 1e-3, name
+
+
 def draw(root: Path, names: str) -> None:
     """Four images of each class."""
     for split, name, number in [(split, name, n) for split in ("train", "test") for name in names for n in range(4)]:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,16 @@ def choose_device(engine: config.Engine) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(engine.deterministic)
     return device
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises `UserError` where torch.compile would not find the compiler that it calls, on a GPU through Triton."""
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if not any(map(shutil.which, names)):
+        raise UserError(f"engine.compile=true needs a compiler, and there is no {' or '.join(names)}: leave it out.")
 
 
 def device_name(device: torch.device) -> str:

@@ -12,7 +12,7 @@ import torch
 from cbl import config, data, models
 from cbl.data import augment
 from cbl.engine import evaluate, recipe
-from cbl.engine.device import device_name
+from cbl.engine.device import device_name, require_compiler
 from cbl.engine.step import Scaling, Step, capture, sgd
 from cbl.errors import UserError
 from cbl.losses import ClassBalancedLoss
@@ -64,8 +64,12 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
         network = fused.Fused(model, dtype)
         mean, std = scaling.mean, scaling.std
         augmented = functools.partial(fused.augmented, resident, size=(height, width), mean=mean, std=std)
+    trained = network  # its evaluations are few, and would be compiled once more
+    if run.engine.compile:
+        require_compiler(device)
+        trained = torch.compile(network, dynamic=False)  # type: ignore[assignment]
     step = Step(
-        network,
+        trained,
         loss.to(device),
         optimizer,
         resident,
@@ -107,7 +111,9 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
             "subset_hash": images.subset_hash,
             **({"content_hash": images.content} if images.content else {}),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "device": device_name(device) + (", fused kernels" if augmented else ""),  # which round differently
+            "device": device_name(device)
+            + (", fused kernels" if augmented else "")
+            + (", torch.compile" if run.engine.compile else ""),  # both round differently
         },
     )
 

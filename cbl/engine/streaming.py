@@ -24,7 +24,7 @@ from cbl import config, disk, models, records, tracking
 from cbl.data import augment, index
 from cbl.data import streaming as data
 from cbl.engine import checkpoint, distributed, recipe
-from cbl.engine.device import device_name, say_if_emulated
+from cbl.engine.device import device_name, require_compiler, say_if_emulated
 from cbl.engine.distributed import World
 from cbl.engine.job import say_if_never_dropped
 from cbl.engine.micro_batches import CHECK_STEPS, Step
@@ -218,6 +218,8 @@ def prepare(run: config.Run, world: World, indices: tuple[index.Index, index.Ind
         )
     if run.engine.sync_bn and world.size > 1 and device.type == "cpu":
         raise UserError("engine.sync_bn needs GPUs: leave it out on the CPU.")
+    if run.engine.compile:
+        require_compiler(device)
     model = models.build(run.model, classes, 3, run.seed).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = ClassBalancedLoss(train.counts.tolist(), run.loss.kind, run.loss.beta, run.loss.gamma, "none")
     optimizer = sgd(recipe.parameter_groups(model, run.recipe, run.loss.kind), run.recipe, device)
