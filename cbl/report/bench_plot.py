@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 
 from cbl.report import figures
 from cbl.report.figures import BLUE, GREEN, ORANGE, PAGE, RED
+from cbl.report.tables import plural
 
 BARE, LOADER, EAGER, CAPTURED, LOOP = "bare loop", "DataLoader loop", "step, eager", "step, captured", "training loop"
 NCHW, NO_ONEDNN, OUR_COMPILED = "step, NCHW", "step, no oneDNN", "step, torch.compile"
@@ -252,7 +253,7 @@ def sentences(report: dict[str, Any], measured_on_gpu: bool) -> list[str]:
     """What the tables do not say: on what it ran, the verdicts on the targets, what was left out."""
     about = report["environment"]
     said = [f"{about['device']}, {report['date']}, {'in full' if report['full'] else 'in small'}."]
-    said[0] += f" torch {about['torch']}, {about['threads']} CPU threads, commit {about['commit']}."
+    said[0] += f" torch {about['torch']}, {plural(about['threads'], 'CPU thread')}, commit {about['commit']}."
     if smi := about.get("nvidia_smi"):
         said[0] += f" Power limit {smi['power.limit']}, driver {smi['driver_version']}."
     elif about["kind"] == "cuda":
@@ -300,14 +301,12 @@ def tried_on_cpu(report: dict[str, Any]) -> list[str]:
         ]
         measured = {row["name"] for row in select(report, "one run", dtype=ours["dtype"])}
         left = [what for name, what in words.items() if name not in measured]
-        tried += [
-            f"{row['dtype']} {row['images_per_second'] / ours['images_per_second']:.2f}"
-            for row in select(report, "one run", name=EAGER)
-            if row["dtype"] != ours["dtype"]
-        ]
+        others = [row for row in select(report, "one run", name=EAGER) if row["dtype"] != ours["dtype"]]
+        tried += [f"{row['dtype']} {row['images_per_second'] / ours['images_per_second']:.2f}" for row in others]
         said.append(
             f"Tried on the CPU, as a share of the images/s of our step (channels_last, oneDNN, {ours['dtype']}): "
-            f"{', '.join(tried)}. What gives other numbers than rounding, bf16, is a choice of the user."
+            f"{', '.join(tried)}."
+            + (" What gives other numbers than rounding, bf16, is a choice of the user." if others else "")
             + (f" Not measured: {', '.join(left)} (`--full`)." if left else "")
         )
     gained = [
