@@ -81,7 +81,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Engine:
-    """Where and how a run is computed; only dtype, max_steps, eval_every, micro_batch and sync_bn change its result."""
+    """Where and how a run is computed.
+
+    Only dtype, max_steps, eval_every, micro_batch and sync_bn change its result by more than rounding.
+    """
 
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     dtype: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -234,7 +237,7 @@ def changes(run: Run, other: Run) -> list[str]:
     """`["recipe.epochs=50", ...]`: how `run` differs from `other` in what can change the result, seeds left out."""
     mine, others, values = _departures(run), _departures(other), flat(run)
     keys = [k for k in values if k not in ("seed", "dataset.subset_seed") and mine.get(k, k) != others.get(k, k)]
-    return [f"{k}={_word(values[k])}" for k in keys]
+    return [f"{k}={hydra_word(values[k])}" for k in keys]
 
 
 def hydra_word(value: Any) -> str:
@@ -253,10 +256,6 @@ def _is_a_value(word: str) -> bool:
         float(word)
         return True
     return word.lower() in ("true", "false", "null")
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _readable(run: Run) -> str:

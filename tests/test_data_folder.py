@@ -34,6 +34,15 @@ def dataset(root: Path, factor: float | None = None) -> config.Dataset:
     return config.Dataset(name="folder", imbalance_factor=factor, root=str(root), image_size=8)
 
 
+def test_images_that_may_not_be_read_are_one_sentence(tmp_path, monkeypatch):
+    def refuse(root, size):
+        raise PermissionError(13, "Permission denied", root)
+
+    monkeypatch.setattr(folder, "read", refuse)  # permissions are nothing to root, as whom tests may run
+    with pytest.raises(UserError, match=rf"^{tmp_path} may not be read \(Permission denied\): change"):
+        data.load(dataset(tmp_path))
+
+
 def test_images_come_by_sorted_class_and_file_name(tmp_path):
     root = tree(tmp_path, {"owl": 2, "ant": 3}, {"owl": 1, "ant": 1})
     source = folder.read(str(root), 8)

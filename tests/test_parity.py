@@ -330,6 +330,20 @@ def test_evaluations_are_counted_as_a_run_makes_them(
     assert estimate.seconds([config.from_mapping(values)]) == [pytest.approx(evaluations)]
 
 
+def test_an_estimate_gives_the_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a sweep are one each; what is trained afterwards may want them all."""
+    measured: list[int] = []
+    monkeypatch.setattr(estimate, "_measure", lambda *_: measured.append(torch.get_num_threads()) or (0.0, 1e-4))
+    monkeypatch.setattr(processes, "count", lambda runs: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        estimate.seconds([config.from_mapping({"engine": {"device": "cpu"}})])
+        assert measured == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_each_image_size_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "_measure", lambda run, *_: (float(run.dataset.image_size), 0.0))
     monkeypatch.setattr(estimate, "_images", lambda run: (128, 1))

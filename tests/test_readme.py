@@ -246,7 +246,7 @@ def test_on_the_digits_the_division_is_undone_as_it_says() -> None:
     counts = np.array(data.load(config.Dataset(name="digits_lt", imbalance_factor=50.0)).counts)
     drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()
     assert round(1 / drawn, 1) == 4.6 and round(drawn, 2) == 0.22  # as the table's caption says too
-    assert "where it is 4.6 times" in said
+    assert "where k is 4.6" in said
 
 
 def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() -> None:
