@@ -13,10 +13,11 @@ from cbl import store
 from cbl.errors import UserError
 from cbl.report import tables
 from cbl.report.formats import ours_text, panel_markdown, paper_text, signed
-from cbl.report.tables import ABLATED, BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
+from cbl.report.tables import BOLD, LABELS, TITLES, Cell, Panel, Setting, Table, plural
 from cbl.report.verdict import bootstrap, interval_name, verdict
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+STACKED = "Ours above, the paper below."
 NAMED = 3  # cells named in a sentence; the others are counted
 
 
@@ -24,21 +25,14 @@ def block(runs: pd.DataFrame, built: Mapping[str, Table] | None = None) -> str:
     """The results block from rows of runs.csv, markers included. built: all tables of them, where they are at hand."""
     built = built or {name: tables.build(name, runs) for name in tables.NAMES}
     lines = [BEGIN, "<!-- Made by `make tables` from results/runs.csv. -->", "", " ".join(what_was_run(runs)), ""]
-    for name in ("digits", "ablation_digits", "conditions", "division", "division_cifar"):
+    lines += ["All tables and figures are on one page, `results/index.html`, and in `results/`, each by itself.", ""]
+    for name, legend_of_bold, written in (("digits", BOLD, panel_markdown), ("2", STACKED, _stacked)):
         table = built[name]
         if any(cell.values for cell in table.cells()):
-            known = any(ABLATED in line for line in lines)
-            legend = table.legend.replace(ABLATED, "To be read as the ablation above.") if known else table.legend
+            legend = table.legend.replace(BOLD, legend_of_bold)
             lines += [f"### {table.title}", "", f"{table.caption} {legend}", ""]
             for panel in table.panels[:2]:
-                if not panel.apart:
-                    lines += [f"**{panel.title}**", "", *panel_markdown(panel), ""]
-    if any(cell.values for cell in built["2"].cells()):
-        table = built["2"]
-        legend = table.legend.replace(f"{BOLD} ", "Ours above, the paper below. ")
-        lines += [f"### {table.title}", "", f"{table.caption} {legend}", ""]
-        for panel in table.panels[:2]:
-            lines += [f"**{panel.title}**", "", *_stacked(panel), ""]
+                lines += [f"**{panel.title}**", "", *written(panel), ""]
     if said := findings(built, runs):
         lines += ["### What agrees, and what does not", "", *(f"- {sentence}" for sentence in said), ""]
     lines += ["### What was not run", "", *(f"- {sentence}" for sentence in not_run(built)), ""]
