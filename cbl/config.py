@@ -95,7 +95,7 @@ class Engine:
     deterministic: bool = False  # same bits on CUDA too, slower; the CPU always is
     threads: int | None = None  # CPU threads; None: as torch decides, of several runs side by side on the CPU one each
     lanes: int | None = None  # runs side by side on one GPU; None: measured; the CPU has one
-    capture: bool = True  # on CUDA, replay the whole step as one CUDA graph
+    capture: bool = True  # on CUDA, replay the whole step as one CUDA graph; not for the large sets
     fused: bool = False  # on CUDA, kernels of our own (cbl/engine/fused.py) in place of cuDNN's; not for the large sets
     # From here on for the large sets alone, but for `compile`.
     micro_batch: int | None = None  # images normalised together; None: 128 as on the authors' TPU, or what fits

@@ -8,14 +8,11 @@ shared.
 import copy
 import dataclasses
 import functools
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +22,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from cbl import config, disk, records
+from cbl import config, disk
+from cbl.engine.train import exit_status, train
 from cbl.errors import UserError
 
 
@@ -62,29 +60,6 @@ def compose_jobs(
             yield job, to_run(run)
         except UserError as error:
             yield job, error
-
-
-def exit_status(ended: Sequence[dict[str, Any]]) -> int:
-    """Of the command that trained: 1 when a run failed."""
-    return int(any(record["status"] == "failed" for record in ended))
-
-
-def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[str, Any]]:
-    """The records of `runs`, of those on large sets last: many side by side, then one at a time on all devices.
-
-    `deadline` as for `resident.train`.
-    """
-    from cbl.engine import resident, streaming  # torch is wanted only once the configuration stands
-
-    small = [run for run in runs if run.dataset.name not in config.LARGE]
-    ended = resident.train(small, deadline) if small else []
-    for run in runs:
-        if run not in small:
-            late = time.monotonic() >= deadline
-            ended.append(records.new_record(run) if late else streaming.train(run, deadline))
-            if ended[-1]["status"] == "failed" and "RANK" in os.environ:
-                break  # the other processes may be anywhere by now
-    return ended
 
 
 class ResidentLauncher(Launcher):

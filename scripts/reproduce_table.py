@@ -25,8 +25,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from cbl import config, disk, records, store
+from cbl.engine.train import exit_status, train
 from cbl.errors import UserError
-from hydra_plugins.cbl_launcher import compose_jobs, exit_status, train
+from hydra_plugins.cbl_launcher import compose_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = sorted(path.stem for path in (ROOT / "configs/table").glob("*.yaml"))
@@ -120,7 +121,7 @@ def main() -> int:
     say_plan(runs, done)
     missing = [run for run in runs if config.run_id(run) not in done]
 
-    from cbl.engine import device, estimate, job, processes  # torch only now: a wrong argument is refused at once
+    from cbl.engine import advice, estimate, processes  # torch only now: a wrong argument is refused at once
 
     if processes.count([run for run in runs if run.dataset.name not in config.LARGE]) > 1:
         missing = [one_thread(run) for run in missing]
@@ -131,8 +132,7 @@ def main() -> int:
                 print(f"  {_spoken(taken):>14}  {config.run_id(run)}")
         print(f"About {_spoken(sum(each))} of training on this machine, from a short measurement.", flush=True)
     if asked.dry:
-        device.say_if_emulated(missing, print)
-        job.say_if_never_dropped(missing, print)
+        advice.advise(missing, print)
         return 0
     output_folder(asked.out / "tables")  # refused before the training, not after
     deadline = float("inf") if asked.budget is None else began + asked.budget

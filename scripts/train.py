@@ -10,8 +10,9 @@ import hydra
 from command_line import flags_first, one_line
 from omegaconf import DictConfig
 
+from cbl.engine.train import exit_status, train
 from cbl.errors import UserError
-from hydra_plugins.cbl_launcher import exit_status, to_run, train
+from hydra_plugins.cbl_launcher import to_run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

@@ -184,7 +184,20 @@ def test_a_run_computes_in_the_kernels() -> None:
 def test_what_the_kernels_cannot_do_is_refused(shortcut: str, size: tuple[int, int]) -> None:
     pytest.importorskip(*TRITON)
     with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels: set engine.fused=false"):
-        job._fused(resnet_cifar(8, shortcut=shortcut, seed=0), size)
+        job._fused(resnet_cifar(8, shortcut=shortcut, seed=0), size, {})
+
+
+def test_more_images_at_once_than_32_bits_count_are_refused() -> None:
+    pytest.importorskip(*TRITON)
+    network, size = resnet_cifar(8, 10), (124, 124)
+    most = job.kernels().most_images(network, size)
+    elements = [
+        (images * 125 * 125 + 2176) * 16 for images in (most, most + 1)
+    ]  # with the pixels around and after them
+    assert elements[0] <= 2**31 < elements[1]
+    job._fused(network, size, {"recipe.batch_size": most})
+    with pytest.raises(UserError, match=rf"^engine.eval_batch makes {most + 1:,} images of 124 x 124 at once"):
+        job._fused(network, size, {"recipe.batch_size": 128, "engine.eval_batch": most + 1})
 
 
 @pytest.mark.parametrize("version", [None, "3.5.1"])
@@ -196,7 +209,7 @@ def test_without_its_triton_it_says_what_to_upgrade(version: str | None, monkeyp
     else:
         monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
     with pytest.raises(UserError, match=rf"Triton 3.6 or newer \(.*{version or 'triton'}.*\): upgrade torch"):
-        job._fused(resnet_cifar(8, seed=0), (8, 8))
+        job._fused(resnet_cifar(8, seed=0), (8, 8), {})
 
 
 def compile_for_an_h200(dtype: str) -> None:

@@ -49,11 +49,24 @@ def test_what_came_out_is_what_its_results_say() -> None:
     [(better, of, surely)] = re.findall(
         r"- Embedded table: .* in (\d+) of (\d+) settings; the range of the 3 pairs is above zero in (\d+) ", README
     )
-    assert f"in {better} of {of} settings; in {surely} of them the range of the three pairs of runs is above" in words
+    assert f"in {better} of {of} settings (five losses, four β); in {surely} of them the range of the three" in words
     [(run, agree)] = re.findall(r"- Table 2: (\d+) numbers compared, (\d+) within two standard errors", README)
-    assert run == agree and f"Of Table 2, all {run} numbers run agree with the paper's." in words
+    assert run == agree and f"All {run} numbers of [Table 2]" in words
     [band] = re.findall(r"- Table 2: .* The band is wide: (of our .* without balancing)\.", README)
-    assert f"The band is wide: {band}, and on CIFAR-100" in words
+    assert f"That band is wide: {band}, and on CIFAR-100" in words
+    [panel] = [p for p in tables.build("2", store.load(ROOT / "results").runs).panels if p.title == "CIFAR-10"]
+    rows = dict(panel.rows)
+    hundred, two_hundred = panel.columns.index("IF 100"), panel.columns.index("IF 200")
+    focal, softmax = rows["Focal γ 1.0"][hundred], rows["Softmax"][two_hundred]
+    balanced = rows["Class-balanced"][hundred], rows["Class-balanced"][two_hundred]
+    assert [cell.setting.loss for cell in balanced] == ["focal", "softmax"]
+    assert [len(cell.values) for cell in (focal, softmax, *balanced)] == [1, 3, 1, 3]
+    assert (
+        f"focal loss ends at {focal.mean:.2f} % error, class-balanced at {balanced[0].mean:.2f} %, one run each; the "
+        f"paper has {focal.paper:.2f} and {balanced[0].paper:.2f}. At imbalance factor 200, softmax: "
+        f"{softmax.mean:.2f} % and class-balanced {balanced[1].mean:.2f} %, three runs each; the paper has "
+        f"{softmax.paper:.2f} and {balanced[1].paper:.2f}."
+    ) in words
 
 
 def test_the_speeds_are_those_of_the_first_look() -> None:
@@ -79,7 +92,7 @@ def test_the_speeds_are_those_of_the_first_look() -> None:
         rates = {(row["name"], row["dtype"]): row["images_per_second"] for row in rows}
         for dtype in {dtype for name, dtype in rates if name == OUR_COMPILED}:
             on_cpu[dtype] = f"{rates[OUR_COMPILED, dtype] / rates[EAGER, dtype]:.2f}"
-    said = "gives {fp32} times the images/s in fp32 and {bf16} in bf16".format(**on_cpu)
+    said = "gives {fp32} times the images/s in fp32 (two threads) and {bf16} in bf16 (one thread;".format(**on_cpu)
     compiled = images_per_second("network through torch.compile, captured", "bf16", "1") / one
     assert said in words and f"first look alone, {compiled:.2f} times in bf16" in words
 
@@ -205,25 +218,43 @@ def test_its_table_of_details_is_what_was_measured() -> None:
         "Image order: official stream",
         "Learning rate drops: ×0.1",
     )
+    [sigmoid, *_] = dict(tables.build("conditions", runs).panels[0].rows)["As in the ablation"]
     assert table["`loss.reduction=weight_sum`"] == [
-        "with β 0.9999 {} softmax, {} focal".format(*of(digits, division, 1, 3)),
-        f"with β 0.9999 {points(divided)} softmax at IF 200 (two pairs), {points(ten[division][3])} focal at IF 100",
+        "β 0.9999: softmax {}, focal {}".format(*of(digits, division, 1, 3)),
+        f"CIFAR-10, β 0.9999: softmax at IF 200 {points(divided)} (two pairs), focal {points(ten[division][3])}",
     ]
     assert len(divided.values) == 2 and min(divided.values) > 0
     assert table["`model.prior_bias=false`"] == [
-        "{} focal; with β 0.9999 {}".format(*of(digits, prior, 2, 3)),
-        "CIFAR-10 {}, with β 0.9999 {}; CIFAR-100 {}".format(*of(ten, prior, 2, 3), *of(hundred, prior, 2)),
+        "sigmoid {}, focal {}; β 0.9999: focal {}".format(points(sigmoid), *of(digits, prior, 2, 3)),
+        "focal: CIFAR-10 {}, with β 0.9999 {}; CIFAR-100 {}".format(*of(ten, prior, 2, 3), *of(hundred, prior, 2)),
     ]
     assert table["`recipe.image_order=official_stream`"] == [
-        "{} softmax, {} focal; with β 0.9999 {}, {}".format(*of(digits, order, 0, 2, 1, 3)),
-        "CIFAR-10 {}; CIFAR-100 {}, with β 0.9 {}".format(*of(ten, order, 0), *of(hundred, order, 0, 3)),
+        "softmax {}, focal {}; β 0.9999: {}, {}".format(*of(digits, order, 0, 2, 1, 3)),
+        "softmax: CIFAR-10 {}, CIFAR-100 {}; focal with β 0.9: CIFAR-100 {}".format(
+            *of(ten, order, 0), *of(hundred, order, 0, 3)
+        ),
     ]
+    together = next(label for label in digits if "together" in label)
+    chance = "no more than chance may give"
+    assert table["`model.shortcut=strided model.init=kaiming recipe.input_scaling=mean_std`"] == [
+        "together: softmax {}, focal {}; β 0.9999: {}, {}; each alone: ".format(*of(digits, together, 0, 2, 1, 3))
+        + chance,
+        "not run",
+    ]
+    assert table["`recipe.decay_scope`"] == [chance, "not run"]
+    for label, _ in tables.DETAILS:
+        if label.startswith(("Shortcut", "Initial", "Input", "Slice", "Weight decay")):
+            assert not any(cell.values for cell in (*ten[label], *hundred[label]) if cell)
     every = sorted(digits[drop], key=lambda cell: cell.mean)
     assert table["`recipe.drop=0.1`"] == [
         f"{points(every[0])} to {points(every[-1])}",
-        "CIFAR-100 {}, with β 0.9 {}".format(*of(hundred, drop, 2, 3)),
+        "focal: CIFAR-100 {}, with β 0.9 {}".format(*of(hundred, drop, 2, 3)),
     ]
     assert all(map(clear, every))
+    for label, said in ((prior, "−0.5 to +0.3 points for the prior"), (order, "+0.3 to +1.2 for the order")):
+        means = [cell.mean for cell in (*ten[label], *hundred[label]) if cell and cell.values]
+        assert said.startswith(f"{min(means):+.1f} to {max(means):+.1f}".replace("-", "−"))
+        assert said in " ".join(README.split())
 
 
 def test_the_division_decides_on_cifar_10_as_it_says() -> None:
@@ -293,7 +324,7 @@ def test_on_the_digits_the_division_is_undone_as_it_says() -> None:
     assert "the {:+.2f} of softmax and the {:+.2f} of focal loss".format(*(cell.mean for cell in divided)) in said
     taken = [bootstrap(np.subtract(divided[at].values, undone[at].values).tolist()) for at in (0, 1)]
     shown = [f"{gain.mean:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}]" for gain in taken]
-    assert f"takes away {' and '.join(shown)}." in said
+    assert f"takes away {' and '.join(shown)}; for focal loss neither" in said
     assert "The rate alone leaves {:+.2f} and {:+.2f};".format(*(cell.mean for cell in slower)) in said
     assert "division costs {:+.2f} and {:+.2f}.".format(*(cell.mean for cell in faster)) in said
     counts = np.array(data.load(config.Dataset(name="digits_lt", imbalance_factor=50.0)).counts)
@@ -337,6 +368,48 @@ def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() ->
     mean = bootstrap(np.mean([cell.values for cell in column], axis=0).tolist())
     words = f"by {mean.mean:+.2f} on average [{mean.interval[0]:+.2f}, {mean.interval[1]:+.2f}]"
     assert words in " ".join(DETAILS.split())
+
+
+def test_the_three_details_of_most_ports_do_together_what_it_says() -> None:
+    runs = store.load(ROOT / "results").runs
+    runs = runs[runs.dataset == "digits_lt"]
+    rows, first, second = (
+        dict(tables.build("ablation_digits", part).panels[0].rows)
+        for part in (runs, runs[runs.seed < 20], runs[runs.seed >= 20])
+    )
+    [label] = [label for label in rows if "together" in label]
+    default, together = rows["Default configuration (%)"], rows[label]
+    assert {len(cell.values) for cell in together} == {40} == {len(cell.values) for cell in default}
+    said = " ".join(DETAILS.split()).replace("−", "-")
+
+    def points(mean: float, low: float, high: float) -> str:
+        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    soft, focal = (points(together[at].mean, *together[at].interval) for at in (1, 3))
+    assert f"cost class-balanced softmax {soft} and class-balanced focal loss {focal}, in both halves" in said
+    assert clear(together[1]) and clear(together[3])
+    halves = [half[label][at].mean for at in (1, 3) for half in (first, second)]
+    assert min(halves) > 1
+    assert "({:+.2f} and {:+.2f}, {:+.2f} and {:+.2f}), and".format(*halves) in said
+    assert not clear(together[0]) and not clear(together[2])
+    assert f"chance ({together[0].mean:+.2f} and {together[2].mean:+.2f})." in said
+    for plain, balanced, words in ((0, 1, "which is"), (2, 3, "but the interval holds zero:")):
+        seeds = {cell.seeds for row in (default, together) for cell in (row[plain], row[balanced])}
+        assert len(seeds) == 1
+        before = default[plain].mean - default[balanced].mean
+        less = bootstrap(np.subtract(together[plain].values, together[balanced].values).tolist())
+        shown = f"{before + less.mean:.1f}{' points' if plain == 0 else ''} in place of {before:.1f}"
+        assert f"{shown}, {words} {points(less.mean, *less.interval)}." in said
+        assert (less.interval[0] <= 0 <= less.interval[1]) == ("zero" in words)
+    alone = [
+        [
+            rows[row][at].mean
+            for row in ("Shortcut: strided slice", "Initial weights: Kaiming", "Input: per-channel mean and sd")
+        ]
+        for at in (1, 3)
+    ]
+    assert f"{min(map(min, alone)):.1f} to {max(map(max, alone)):.1f} points each" in said
+    assert "would be {:.1f} and {:.1f}.".format(*map(sum, alone)) in said
 
 
 def test_intervals_of_forty_pairs_leave_out_zero_once_in_seventeen_by_chance() -> None:

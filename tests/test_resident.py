@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -26,8 +27,9 @@ from sklearn.metrics import confusion_matrix
 from cbl import class_balanced_weights, config, data, disk, records, tracking
 from cbl.data import folder
 from cbl.engine import estimate, evaluate, processes, progress, recipe, resident
+from cbl.engine.advice import advise
 from cbl.engine.device import choose_device, device_name
-from cbl.engine.job import prepare, say_if_never_dropped
+from cbl.engine.job import prepare
 from cbl.engine.progress import Display
 from cbl.errors import UserError
 from cbl.models import resnet_cifar
@@ -592,10 +594,43 @@ def test_a_learning_rate_that_never_drops_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: dict[str, Any], said: int
 ) -> None:
     recipe = {"recipe__milestones": [160.0, 180.0]} | recipe
-    say_if_never_dropped([digits(tmp_path, seed=seed, **recipe) for seed in (0, 1)], print)
+    advise([digits(tmp_path, seed=seed, **recipe) for seed in (0, 1)], print)
     shown = capsys.readouterr().out
     assert shown.count("The learning rate never drops: ") == said
     assert not said or shown.endswith("are recipe.milestones=[1.6,1.8] here.\n")
+
+
+NOWHERE = {"engine": {"capture": False, "deterministic": True, "lanes": 1, "workers": 0, "threads": 1}}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"engine": {"device": "cpu:0", "fused": True, "lanes": 4, "dtype": "tf32"}}, "dtype fused lanes on the CPU"),
+        ({"engine": {"device": "cuda", "fused": True, "lanes": 4, "dtype": "tf32"}}, ""),
+        ({"engine": {"micro_batch": 32, "sync_bn": True, "workers": 2}}, "micro_batch sync_bn workers on cifar10_lt"),
+        ({"dataset": {"on_damaged": "skip", "image_size": 64}}, "image_size on_damaged on cifar10_lt"),
+        ({"dataset": {"name": "folder", "image_size": 64}, "engine": {"sync_bn": True}}, "sync_bn on folder"),
+        ({"dataset": {"name": "imagenet", "image_size": 320, "on_damaged": "skip"}}, ""),
+        ({"dataset": {"name": "imagenet"}, "engine": {"micro_batch": 32, "workers": 2}}, ""),
+        ({"dataset": {"name": "imagenet"}, "engine": {"device": "cpu", "fused": True}}, "fused on imagenet"),
+        ({"dataset": {"name": "imagenet"}, "engine": {"device": "cuda", "lanes": 2}}, "lanes on imagenet"),
+        (
+            {"dataset": {"name": "imagenet"}, "model": {"name": "resnet_imagenet", "depth": 50, "init": "kaiming"}},
+            "init on resnet_imagenet",
+        ),
+        (NOWHERE, ""),
+        ({"dataset": {"name": "imagenet"}} | NOWHERE, ""),
+    ],
+)
+def test_settings_that_do_nothing_are_said_once(
+    values: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if values.get("dataset", {}).get("name") in config.LARGE:
+        values = values | {"dataset": values["dataset"] | {"imbalance_factor": None}}
+    advise([config.from_mapping(values | {"seed": seed}) for seed in (0, 1)], print)
+    found = re.findall(r"^\w+\.(\w+)=\S+ has no effect on (.*): leave it out\.$", capsys.readouterr().out, re.MULTILINE)
+    assert " ".join([*(key for key, _ in found), *{f"on {place}" for _, place in found}]) == said
 
 
 @pytest.mark.parametrize(

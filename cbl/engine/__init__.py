@@ -1,1 +1,1 @@
-"""Training: `resident.train(runs)` for images that fit in the device's memory; recipe, step, evaluation, checkpoint."""
+"""Training: `train.train(runs)`; those whose images fit in memory in `resident`, the large sets in `streaming`."""

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,6 +46,12 @@ def choose_device(engine: config.Engine) -> torch.device:
     return device
 
 
+def on_cpu(engine: config.Engine) -> bool:
+    """Whether `engine.device` is the CPU here."""
+    kind = engine.device.partition(":")[0]
+    return kind == "cpu" or (kind == "auto" and not torch.cuda.is_available())
+
+
 def require_compiler(device: torch.device) -> None:
     """Raises `UserError` where torch.compile would not find the compiler that it calls, on a GPU through Triton."""
     if device.type == "cuda":
@@ -83,16 +88,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h: bytes
         mallopt(-4, 0)  # M_MMAP_MAX: allocations that are mapped on their own
-
-
-def say_if_emulated(runs: Sequence[config.Run], say: Callable[[str], None]) -> None:
-    """Says once that bf16 is slow here, where one of `runs` would be computed in it without instructions for it.
-
-    That is so on a processor with AVX2 and no more. ResNet-32 at batch 128, two cores of such an EPYC: 8.2 s forward
-    and backward, and 0.5 s in fp32.
-    """
-    on_cpu = {"cpu"} if torch.cuda.is_available() else {"cpu", "auto"}
-    if torch.backends.cpu.get_cpu_capability() == "AVX2" and any(
-        run.engine.dtype == "bf16" and run.engine.device in on_cpu for run in runs
-    ):
-        say("This processor has no instructions for bf16: a step takes many times as long as with engine.dtype=fp32.")

@@ -400,6 +400,11 @@ def supports(model: nn.Module, size: tuple[int, int]) -> bool:
     )
 
 
+def most_images(model: ResNetCifar, size: tuple[int, int]) -> int:
+    """Images of `size` (H, W) that `Fused` computes at once: the kernels count elements in 32 bits."""
+    return (2**31 // model.conv1.out_channels - TAIL.value) // _pixels(1, size)
+
+
 def augmented(padded: Tensor, drawn: Tensor, size: tuple[int, int], mean: Tensor | None, std: Tensor | None) -> Tensor:
     """Crop, flip and scaling of `cbl.data.augment` in one kernel: float32 (B, C, H, W) in channels_last memory.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -60,7 +60,9 @@ def prepare(run: config.Run, device: torch.device, images: data.Data | None = No
     network: torch.nn.Module = model
     augmented: Callable[[torch.Tensor], torch.Tensor] | None = None
     if device.type == "cuda" and run.engine.fused:
-        fused = _fused(model, (height, width))
+        at_once = {"recipe.batch_size": batch_size}
+        at_once["engine.eval_batch"] = min(run.engine.eval_batch, len(images.test_labels))
+        fused = _fused(model, (height, width), at_once)
         network = fused.Fused(model, dtype)
         mean, std = scaling.mean, scaling.std
         augmented = functools.partial(fused.augmented, resident, size=(height, width), mean=mean, std=std)
@@ -130,14 +132,21 @@ def kernels() -> ModuleType:
     return fused
 
 
-def _fused(model: Any, size: tuple[int, int]) -> ModuleType:
-    """`kernels`; refuses a `model` that they do not compute."""
+def _fused(model: Any, size: tuple[int, int], at_once: dict[str, int]) -> ModuleType:
+    """`kernels`; refuses a `model` that they do not compute, and more images at once, by key, than they can."""
     fused = kernels()
     if not fused.supports(model, size):
         raise UserError(
             f"engine.fused=true computes images of 1 or 3 channels whose sides 4 divides, at most 124 pixels wide, and "
             f"no model.shortcut=projection, not this network on {size[0]} x {size[1]} pixels: set engine.fused=false."
         )
+    most = fused.most_images(model, size)
+    for key, images in at_once.items():
+        if images > most:
+            raise UserError(
+                f"{key} makes {images:,} images of {size[0]} x {size[1]} at once, and engine.fused=true computes at "
+                f"most {most:,}: lower it, or set engine.fused=false."
+            )
     return fused
 
 
@@ -145,16 +154,3 @@ def _fused(model: Any, size: tuple[int, int]) -> ModuleType:
 def _resident(images: torch.Tensor, shift: int, device: torch.device) -> torch.Tensor:
     """The padded images on the device; the runs of a sweep share one copy (a tensor's hash is its identity)."""
     return augment.pad(images, shift).to(device)
-
-
-def say_if_never_dropped(runs: Sequence[config.Run], say: Callable[[str], None]) -> None:
-    """Says once that the learning rate of one of `runs` is high to the end, as when `recipe.epochs` alone is lower."""
-    for run in runs:
-        milestones, epochs = run.recipe.milestones, run.recipe.epochs
-        if run.recipe.drop < 1 and milestones and milestones[0] >= epochs and run.engine.max_steps is None:
-            official = ",".join(f"{epochs * share:g}" for share in (0.8, 0.9))
-            say(
-                f"The learning rate never drops: recipe.milestones begin at epoch {milestones[0]:g}, recipe.epochs is "
-                f"{epochs}. The paper's drops, at 0.8 and 0.9 of the epochs, are recipe.milestones=[{official}] here."
-            )
-            return

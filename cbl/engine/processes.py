@@ -19,14 +19,13 @@ import torch
 
 from cbl import config, records, tracking
 from cbl.cores import usable_cores
+from cbl.engine.device import on_cpu
 from cbl.errors import UserError
 
 
 def count(runs: Sequence[config.Run]) -> int:
     """How many processes to train `runs` with; 1 on a GPU, and when `engine.threads` takes all cores for one."""
-    devices = {run.engine.device for run in runs}
-    on_cpu = devices <= {"cpu"} or (devices <= {"cpu", "auto"} and not torch.cuda.is_available())
-    if not on_cpu or not runs:
+    if not runs or not all(on_cpu(run.engine) for run in runs):
         return 1
     return max(1, min(len(runs), usable_cores() // max(run.engine.threads or 1 for run in runs)))
 

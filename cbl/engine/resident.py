@@ -18,8 +18,9 @@ import torch
 
 from cbl import config, data, disk, records, tracking
 from cbl.engine import checkpoint, estimate, evaluate, processes, recipe
-from cbl.engine.device import choose_device, say_if_emulated
-from cbl.engine.job import Job, prepare, say_if_never_dropped
+from cbl.engine.advice import advise
+from cbl.engine.device import choose_device
+from cbl.engine.job import Job, prepare
 from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.errors import UserError
 
@@ -33,7 +34,8 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
     A run whose folder holds `done` is skipped, a half-done one goes on from its checkpoint, and one that fails (its
     record says `failed` and why) does not take the others down. On a GPU several go side by side, each on a stream of
     its own; on the CPU, in a process a core. When the next epoch would pass `deadline` (of time.monotonic), runs
-    under way write a checkpoint and stay `running`, and nothing new is begun.
+    under way write a checkpoint and stay `running`, and nothing new is begun. Raises `UserError` when one of those
+    processes was killed.
     """
     ended: dict[int, dict[str, Any]] = {}
     display = Display(len(runs))
@@ -51,8 +53,7 @@ def train(runs: Sequence[config.Run], deadline: float = math.inf) -> list[dict[s
                     end(number, records.new_record(run) | failure(error))
         waiting = [number for number in range(len(runs)) if number not in ended]
         left = [runs[number] for number in waiting]
-        say_if_emulated(left, display.say)
-        say_if_never_dropped(left, display.say)
+        advise(left, display.say)
         if left and (workers := processes.count(runs)) > 1:  # by all: the last one left takes one thread too
             quiet = display.bars is not None
             for place, record in processes.train(left, min(workers, len(left)), deadline, quiet):

@@ -24,9 +24,9 @@ from cbl import config, disk, models, records, tracking
 from cbl.data import augment, index
 from cbl.data import streaming as data
 from cbl.engine import checkpoint, distributed, recipe
-from cbl.engine.device import device_name, require_compiler, say_if_emulated
+from cbl.engine.advice import advise
+from cbl.engine.device import device_name, require_compiler
 from cbl.engine.distributed import World
-from cbl.engine.job import say_if_never_dropped
 from cbl.engine.micro_batches import CHECK_STEPS, Step
 from cbl.engine.progress import Display, Line, closing_line, failure
 from cbl.engine.step import precision, sgd
@@ -439,8 +439,7 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
     spread = f"{processes} × {job.parts} micro-batch{'es' if job.parts > 1 else ''} of {job.micro_batch}"
     resumed = f", goes on from step {state['step']:,}" if state["step"] else ""
     display.say(f"{config.run_id(run)} on {job.facts['device']}, {run.engine.dtype}")
-    say_if_emulated([run], display.say)
-    say_if_never_dropped([run], display.say)
+    advise([run], display.say)
     display.say(
         f"{len(counts):,} classes, {job.facts['n_train']:,} training and {job.facts['n_test']:,} validation images"
     )
@@ -452,6 +451,8 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
         )
     display.say(f"largest class {counts[head]:,} images, weight {weights[head]:.4f}")
     display.say(f"smallest class {counts[tail]:,} images, weight {weights[tail]:.4f}")
+    if run.engine.sync_bn and job.world.size == 1:
+        display.say("engine.sync_bn=true has no effect on one process: leave it out.")
     if job.step.image_bytes is not None:
         display.say(f"{job.step.image_bytes / 2**20:.1f} MiB of the device's memory an image")
     display.say(f"{job.last_step:,} steps of {job.batch_size} images ({spread}){resumed}")

@@ -48,8 +48,7 @@ NO_PRIOR, AUTHORS_ORDER = "model.prior_bias=false", 'recipe.image_order="officia
 WEIGHT_SUM = 'loss.reduction="weight_sum"'
 # What most ports to PyTorch have in place of the authors' network and input.
 AS_MOST_PORTS = 'model.init="kaiming" model.shortcut="strided" recipe.input_scaling="mean_std"'
-# What the ablations change, one at a time: a row's label, and the departure from the default configuration. The three
-# together say whether one of them, tried with few seeds or not at all, can matter.
+# What the ablations change, a detail at a time or three: a row's label, and the departure from the defaults.
 DETAILS = [
     ("Loss divided by the sum of the drawn weights", WEIGHT_SUM),
     ("No prior in the last bias", NO_PRIOR),
@@ -605,11 +604,11 @@ def grid(name: str, done: Done) -> Table:
 
 
 def ablation(done: Done) -> Table:
-    """One detail of the default configuration changed at a time, long-tailed CIFAR at imbalance factor 100."""
+    """The default configuration with one detail changed, or the three of most ports: long-tailed CIFAR, IF 100."""
     panels, caption, notes = _ablated(done, ABLATED_CIFAR)
     return Table(
         "ablation",
-        "Ablation: one detail of the default configuration changed at a time, imbalance factor 100",
+        "Ablation: details changed one at a time, and three together, imbalance factor 100",
         f"{caption} First row: test error (%); others: its change in points, positive is worse.",
         ABLATED,
         panels,
@@ -622,7 +621,7 @@ def ablation_digits(done: Done) -> Table:
     panels, caption, notes = _ablated(done, {"digits_lt": ABLATED_DIGITS})
     return Table(
         "ablation_digits",
-        "Ablation on digits: one detail changed at a time, imbalance factor 50",
+        "Ablation on digits: details changed one at a time, and three together, imbalance factor 50",
         f"{_recipe(DIGITS)}, as in the embedded table; every seed draws a subset of its own. {caption} First row: test "
         "error (%); others: its change in points, positive is worse. The images are small and few, and the network "
         "is small: what matters here need not matter on CIFAR.",
