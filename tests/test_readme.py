@@ -278,6 +278,9 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
     assert slower.seeds == undone.seeds == ("0", "1") and min(slower.values) > 3
     assert "(seeds 0 and 1: {:+.2f}, {:+.2f}): the weight decay".format(*slower.values) in words
     assert "there too (seeds 0 and 1: {:+.2f}, {:+.2f}), and".format(*undone.values).replace("-", "−") in words
+    [faster] = rows["Learning rate 0.95 alone"]
+    ends = [before + change for before, change in zip(batch, faster.values, strict=True)]
+    assert "ends at {:.0f} and {:.0f} % (seeds 0 and 1: {:+.2f}, {:+.2f}):".format(*ends, *faster.values) in words
     assert [round(error) for error in divided] == [37, 37] and min(divided) > max(plain)
     none, left, all_of_it = (
         np.array(of(*asked, "error_few")) for asked in ((0.0, "batch"), (0.9999, "weight_sum"), (0.9999, "batch"))
