@@ -276,6 +276,8 @@ def readme() -> str:
             f"| per_class.csv | run and class | {', '.join(PER_CLASS)} |",
             f"| curves.csv | run and evaluation, at most {POINTS} of a run | {', '.join(CURVES)} |",
             "| paper/ | | the paper's own numbers, described there |",
+            "| tables/, figures/, index.html | | made of these files by `make tables` and `make figures` |",
+            "| details.md | | which details decide, as these runs show it: written by hand |",
             "| bench/ | | what `make bench` measured, per device and day: .json, and made of it .md, .png and .svg |",
             "",
             "## Columns of runs.csv",
