@@ -277,7 +277,7 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
     )
     assert slower.seeds == undone.seeds == ("0", "1") and min(slower.values) > 3
     assert "(seeds 0 and 1: {:+.2f}, {:+.2f}): the weight decay".format(*slower.values) in words
-    assert "there too (seeds 0 and 1: {:+.2f}, {:+.2f}), and".format(*undone.values).replace("-", "−") in words
+    assert "there too (seeds 0 and 1: {:+.2f}, {:+.2f}):".format(*undone.values).replace("-", "−") in words
     [faster] = rows["Learning rate 0.95 alone"]
     ends = [before + change for before, change in zip(batch, faster.values, strict=True)]
     assert "ends at {:.0f} and {:.0f} % (seeds 0 and 1: {:+.2f}, {:+.2f}):".format(*ends, *faster.values) in words
@@ -292,6 +292,11 @@ def test_the_division_decides_on_cifar_10_as_it_says() -> None:
     assert printed == 31.11 and verdict(printed, divided) == "worse"
     both = [before + change for before, change in zip(batch, undone.values, strict=True)]
     assert verdict(printed, both) == "agrees"
+    assert f"): {np.mean(both):.1f} %, where the default has {np.mean(batch):.1f} % with the same" in words
+    assert (
+        f"it ends at {np.mean(both):.1f} %, as the default does with the same two seeds ({np.mean(batch):.1f} %)."
+        in (" ".join(README.split()))
+    )
     few = dict(tables.build("division_cifar", store.load(ROOT / "results").runs).panels[1].rows)
     [left], [cost] = (
         few[row]
@@ -389,11 +394,17 @@ def test_the_three_details_of_most_ports_do_together_what_it_says() -> None:
         return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
     soft, focal = (points(together[at].mean, *together[at].interval) for at in (1, 3))
-    assert f"cost class-balanced softmax {soft} and class-balanced focal loss {focal}, in both halves" in said
+    assert f"cost class-balanced softmax {soft} and class-balanced focal loss {focal}, on average" in said
     assert clear(together[1]) and clear(together[3])
     halves = [half[label][at].mean for at in (1, 3) for half in (first, second)]
     assert min(halves) > 1
-    assert "({:+.2f} and {:+.2f}, {:+.2f} and {:+.2f}), and".format(*halves) in said
+    assert "({:+.2f} and {:+.2f}, {:+.2f} and {:+.2f}; of these four only the last".format(*halves) in said
+    assert [clear(half[label][at]) for at in (1, 3) for half in (first, second)] == [True, True, True, False]
+    less = [bootstrap(np.subtract(*(half[label][at].values for at in (0, 1))).tolist()) for half in (first, second)]
+    assert (
+        "(in the halves {:+.2f} and {:+.2f}, the second with zero inside)".format(*(gain.mean for gain in less)) in said
+    )
+    assert less[0].interval[1] < 0 < less[1].interval[1]
     assert not clear(together[0]) and not clear(together[2])
     assert f"chance ({together[0].mean:+.2f} and {together[2].mean:+.2f})." in said
     for plain, balanced, words in ((0, 1, "which is"), (2, 3, "but the interval holds zero:")):
@@ -402,7 +413,7 @@ def test_the_three_details_of_most_ports_do_together_what_it_says() -> None:
         before = default[plain].mean - default[balanced].mean
         less = bootstrap(np.subtract(together[plain].values, together[balanced].values).tolist())
         shown = f"{before + less.mean:.1f}{' points' if plain == 0 else ''} in place of {before:.1f}"
-        assert f"{shown}, {words} {points(less.mean, *less.interval)}." in said
+        assert f"{shown}, {words} {points(less.mean, *less.interval)}" in said
         assert (less.interval[0] <= 0 <= less.interval[1]) == ("zero" in words)
     alone = [
         [
