@@ -247,9 +247,6 @@ def test_its_table_of_details_is_what_was_measured() -> None:
             assert not any(cell.values for cell in (*ten[label], *hundred[label]) if cell)
     assert f"torch.compile): {ten[together][3].mean:+.2f}, ".replace("-", "−") in " ".join(DETAILS.split())
     assert [bool(cell.values) for cell in (*ten[together], *hundred[together])] == [False] * 3 + [True] + [False] * 4
-    changed = [cell for rows_of in (ten, hundred) for label in rows_of if "%" not in label for cell in rows_of[label]]
-    tried = [cell.mean for cell in changed if cell and cell.values]
-    assert max(map(abs, tried)) < 1.35 and "by more than 1.3 points" in " ".join(DETAILS.split())
     every = sorted(digits[drop], key=lambda cell: cell.mean)
     assert table["`recipe.drop=0.1`"] == [
         f"{points(every[0])} to {points(every[-1])}",
