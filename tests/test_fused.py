@@ -191,9 +191,7 @@ def test_more_images_at_once_than_32_bits_count_are_refused() -> None:
     pytest.importorskip(*TRITON)
     network, size = resnet_cifar(8, 10), (124, 124)
     most = job.kernels().most_images(network, size)
-    elements = [
-        (images * 125 * 125 + 2176) * 16 for images in (most, most + 1)
-    ]  # with the pixels around and after them
+    elements = [(images * 125 * 125 + 2176) * 16 for images in (most, most + 1)]  # 2,176 pixels after them
     assert elements[0] <= 2**31 < elements[1]
     job._fused(network, size, {"recipe.batch_size": most})
     with pytest.raises(UserError, match=rf"^engine.eval_batch makes {most + 1:,} images of 124 x 124 at once"):

@@ -25,7 +25,6 @@ def block(runs: pd.DataFrame, built: Mapping[str, Table] | None = None) -> str:
     """The results block from rows of runs.csv, markers included. built: all tables of them, where they are at hand."""
     built = built or {name: tables.build(name, runs) for name in tables.NAMES}
     lines = [BEGIN, "<!-- Made by `make tables` from results/runs.csv. -->", "", " ".join(what_was_run(runs)), ""]
-    lines += ["All tables and figures are on one page, `results/index.html`, and in `results/`, each by itself.", ""]
     for name, legend_of_bold, written in (("digits", BOLD, panel_markdown), ("2", STACKED, _stacked)):
         table = built[name]
         if any(cell.values for cell in table.cells()):
