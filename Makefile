@@ -28,7 +28,7 @@ lint: setup ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-reproduce-table: setup ## train the runs that a table still lacks, then show it: TABLE=digits|1|2|grid10|grid20|grid100|ablation|ablation_digits|conditions|division|division_cifar|drop|3 SEEDS=0,1,2 DRY=1 BUDGET=s REUSE=1 DEVICE= SET=key=value
+reproduce-table: setup ## train the runs that a table still lacks, then show it: TABLE=digits|1|2|grid10|grid20|grid100|ablation|ablation_digits|conditions|division|division_cifar|ports|drop|3 SEEDS=0,1,2 DRY=1 BUDGET=s REUSE=1 DEVICE= SET=key=value
 	$(RUN) scripts/reproduce_table.py --table $(TABLE) --seeds '$(SEEDS)' $(if $(filter-out $(NO),$(DRY)),--dry) \
 	  $(if $(filter-out $(NO),$(REUSE)),--reuse) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEVICE),--device $(DEVICE)) \
 	  $(if $(SET),--set $(SET))

@@ -78,6 +78,11 @@ FIGURES = {
         lambda found: figures.ablation(found.runs),
         "make reproduce-table TABLE=ablation_digits",
     ),
+    "gain_by_detail": Entry(
+        "what class balancing gains with each changed detail",
+        lambda found: figures.gain_by_detail(found.runs),
+        "make reproduce-table TABLE=ablation_digits",
+    ),
     "detail_curves": Entry(
         "test error over the epochs with and without the two costliest details",
         lambda found: figures.detail_curves(found.runs, found.curves),

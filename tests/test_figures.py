@@ -26,6 +26,8 @@ GRIDS = paper.grids()
 SOFTMAX_10 = (25.19, [24.54, 23.50, 22.72, 21.95])
 SIGMOID_100 = (55.85, [55.27, 54.68, 57.15, 57.72])
 
+PORTS = {"model": {"shortcut": "strided", "init": "kaiming"}, "recipe": {"input_scaling": "mean_std"}}
+
 
 def run(dataset="cifar10_lt", factor=100.0, kind="softmax", gamma=None, beta=0.0, seed=0, error=30.0, **changes):
     """A row of runs.csv of a done run; `changes` are groups of its configuration, or columns."""
@@ -645,6 +647,34 @@ def test_ablation_has_a_mark_for_each_change_coloured_where_the_interval_leaves_
     left, right = focal.get_xlim()  # the panels' own: two standard deviations of a difference of single runs at least
     assert (left, right) == softmax.get_xlim() and left == pytest.approx(-1.98, abs=0.01) and right > 3
     assert figures.ablation(frame(rows[:2])) is None
+    ports = [run(factor=200.0, beta=0.9999, error=error, **changed) for error, changed in ((32.0, {}), (34.0, PORTS))]
+    assert suptitles(figures.ablation(frame([*rows, *ports])))[1:] == ["Long-tailed CIFAR-10, imbalance factor 200"]
+
+
+def test_gain_by_detail_is_in_colour_where_it_differs_from_the_defaults():
+    def four(gain, less):
+        """For seed 0 and 1: the default gains `gain`, changed it gains so much `less`."""
+        ends = [(beta, seed, changed) for beta in (0.0, 0.9999) for seed in (0, 1) for changed in ({}, PORTS)]
+        return [
+            run(factor=200.0, beta=b, seed=seed, error=35 - (b > 0) * (gain[seed] - bool(c) * less[seed]), **c)
+            for b, seed, c in ends
+        ]
+
+    rows = four((4.0, 2.0), (1.0, 1.5))
+    figure = figures.gain_by_detail(frame(rows))
+    (ax,) = figure.axes
+    assert suptitles(figure) == ["Long-tailed CIFAR-10, imbalance factor 200"]
+    assert titles(figure) == ["Softmax β 0.9999"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["Default configuration", tables.TOGETHER]
+    before, mean, after, changed, line, zero = ax.get_lines()
+    assert list(before.get_xdata()) == [2.0, 4.0] and mean.get_xdata()[0] == line.get_xdata()[0] == 3.0
+    assert list(after.get_xdata()) == [0.5, 3.0] and changed.get_xdata()[0] == 1.75 and zero.get_xdata()[0] == 0
+    assert changed.get_color() == figures.BLUE != mean.get_color()  # the intervals overlap, the pairs agree
+    figure = figures.gain_by_detail(frame(four((4.0, 2.0), (1.0, -0.5))))
+    assert figure.axes[0].get_lines()[3].get_color() == zero.get_color()
+    alone = figures.gain_by_detail(frame([row for row in rows if row["seed"] == 0])).axes[0].get_lines()[3]
+    assert (alone.get_color(), alone.get_markerfacecolor()) == (zero.get_color(), "none")  # one pair tells nothing
+    assert figures.gain_by_detail(frame([row for row in rows if not row["overrides"]])) is None
 
 
 def test_head_against_tail_has_a_point_for_each_setting():

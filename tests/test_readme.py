@@ -12,7 +12,7 @@ from scipy.stats import chi2, t
 from cbl import class_balanced_weights, class_counts, config, data, store
 from cbl.report import paper, tables
 from cbl.report.bench_plot import EAGER, OUR_COMPILED
-from cbl.report.verdict import PAPER_SD, bootstrap, verdict
+from cbl.report.verdict import PAPER_SD, Gain, bootstrap, verdict
 from hydra_plugins.cbl_launcher import to_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +160,7 @@ def test_the_moved_drop_varies_as_it_says() -> None:
     assert f"without this trend they are {said[1]:.2f} and {said[3]:.2f}." in words
 
 
-def clear(cell: tables.Cell) -> bool:
+def clear(cell: tables.Cell | Gain) -> bool:
     low, high = cell.interval
     return not low <= 0 <= high
 
@@ -391,6 +391,81 @@ def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() ->
     mean = bootstrap(np.mean([cell.values for cell in column], axis=0).tolist())
     words = f"by {mean.mean:+.2f} on average [{mean.interval[0]:+.2f}, {mean.interval[1]:+.2f}]"
     assert words in " ".join(DETAILS.split())
+
+
+def test_what_balancing_gains_on_the_digits_depends_on_the_details_as_it_says() -> None:
+    runs = store.load(ROOT / "results").runs
+    runs = runs[runs.dataset == "digits_lt"]
+    gains, first, second = (
+        dict(tables.build("ablation_digits", part).panels[-1].rows)
+        for part in (runs, runs[runs.seed < 20], runs[runs.seed >= 20])
+    )
+    assert all(
+        clear(cell) and cell.mean > 0 and len(cell.values) == 40 for row in gains.values() for cell in row if cell
+    )
+    default = gains["Default configuration"]
+
+    def shift(cells: dict, label: str, place: int) -> Gain:
+        before, after = cells["Default configuration"][place], cells[label][place]
+        assert before.seeds == after.seeds
+        return bootstrap(np.subtract(after.values, before.values).tolist())
+
+    prior, order, division, kaiming, drop = (
+        "No prior in the last bias",
+        "Image order: official stream",
+        "Loss divided by the sum of the drawn weights",
+        "Initial weights: Kaiming",
+        "Learning rate drops: ×0.1",
+    )
+    said = [
+        (prior, 1),
+        (order, 0),
+        (order, 1),
+        (division, 0),
+        (division, 1),
+        (drop, 0),
+        (kaiming, 0),
+        (tables.TOGETHER, 0),
+    ]
+    changed = [(label, at) for label, row in gains.items() for at in (0, 1) if row[at] and row is not default]
+    assert [one for one in changed if clear(shift(gains, *one))] == sorted(said, key=changed.index)
+    assert len(changed) - len(said) == 14
+    assert [one for one in said if not clear(shift(first, *one))] == [(division, 1)]
+    assert [one for one in said if not clear(shift(second, *one))] == [(kaiming, 0), (tables.TOGETHER, 0)]
+    words = " ".join(DETAILS.split()).replace("−", "-")
+    assert "gains {:.2f} points with softmax and {:.2f} with focal".format(*(cell.mean for cell in default)) in words
+    shown = [
+        f"{gain.mean:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}]"
+        for gain in (shift(gains, *one) for one in said)
+    ]
+    assert (
+        "by {} without the prior, by {} and {} in the authors' order, by {} and {} with the other division, by {} with "
+        "drops by ×0.1, by {} with Kaiming weights and by {} with the three.".format(*shown)
+    ) in words
+    mean = {one: f"{gains[one[0]][one[1]].mean:.2f}" for one in said}
+    for sentence in (
+        f"Without the prior focal loss gains {mean[prior, 1]}; in the authors' image order softmax gains "
+        f"{mean[order, 0]} and focal loss {mean[order, 1]}.",
+        f"softmax gains {mean[division, 0]} and focal loss {mean[division, 1]}.",
+        f"With drops by ×0.1 softmax gains {mean[drop, 0]}:",
+        f"With Kaiming weights softmax gains {mean[kaiming, 0]}, with all three details of most ports "
+        f"{mean[tables.TOGETHER, 0]}.",
+    ):
+        assert sentence in words
+    means = [cell.mean for row in gains.values() for cell in row if cell]
+    assert f"goes from {min(means):.0f} points to {max(means):.0f}:" in words
+    assert [round(cell.mean) for cell in default] == [5, 5]
+    alone = [cell.mean for label, row in gains.items() for cell in row if cell and label != tables.TOGETHER]
+    words = " ".join(README.split())
+    assert f"5 points by default, {min(alone):.0f} to {max(alone):.0f} with one of them changed" in words
+    rounded = {one: f"{gains[one[0]][one[1]].mean:.0f}" for one in said}
+    assert rounded[order, 0] == rounded[order, 1]
+    assert (
+        f"{rounded[prior, 1]} for focal loss without the prior and {rounded[order, 0]} in the authors' order," in words
+        and f"; {rounded[division, 0]} and {rounded[division, 1]} with the other division; " in words
+    )
+    three = gains[tables.TOGETHER]
+    assert f"{three[0].mean:.1f} for softmax with the network and input of most ports ({three[1].mean:.1f} for" in words
 
 
 def test_the_three_details_of_most_ports_do_together_what_it_says() -> None:

@@ -48,6 +48,7 @@ def cells(frame: pd.DataFrame) -> set[tuple]:
         ("conditions", 28),
         ("division", 10),
         ("division_cifar", 5),
+        ("ports", 4),
     ],
 )
 def test_distinct_runs_a_seed(table: str, runs: int) -> None:
@@ -68,7 +69,18 @@ def test_table_2_is_the_papers() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["digits", "2", "grid10", "grid100", "ablation", "ablation_digits", "conditions", *tables.DIVISIONS, "drop"],
+    [
+        "digits",
+        "2",
+        "grid10",
+        "grid100",
+        "ablation",
+        "ablation_digits",
+        "conditions",
+        *tables.DIVISIONS,
+        "ports",
+        "drop",
+    ],
 )
 def test_the_command_of_a_published_table_finds_its_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds and dtype are part of a run: without them REUSE=1 would train all of it again."""

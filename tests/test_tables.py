@@ -260,7 +260,7 @@ def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFram
         end(58.0, 0, beta=0.9),
         end(59.5, 0, beta=0.9, loss={"reduction": "weight_sum"}),
     )
-    panel = tables.build("ablation", runs).panels[1]
+    _, panel, _, _, _, gains = tables.build("ablation", runs).panels
     drop = at(panel, "Learning rate drops: ×0.1", "Focal γ 1.0")
     assert (drop.values, drop.interval) == ((1.0, 3.0), (1.0, 3.0))
     assert at(panel, "Initial weights: Kaiming", "Focal γ 1.0").values == ()
@@ -269,6 +269,14 @@ def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFram
     weighted = dict(panel.rows)["Loss divided by the sum of the drawn weights"]
     assert weighted[2] is None  # at beta 0 it divides by the same
     assert weighted[3] is not None and weighted[3].values == pytest.approx((1.5,))
+    assert gains.title == "CIFAR-100, what balancing gains (points)" and gains.apart
+    assert gains.columns == ["Softmax β 0.9", "Focal γ 1.0 β 0.9"]
+    gained = {label: cells for label, cells in gains.rows if any(cell and cell.values for cell in cells)}
+    assert {label: cells[1].values for label, cells in gained.items() if cells[1]} == {
+        "Default configuration": (2.0,),
+        "Loss divided by the sum of the drawn weights": (0.5,),  # against the default at beta 0
+    }
+    assert dict(gains.rows)["No prior in the last bias"][0] is None  # softmax has none
 
 
 def test_pairs_trained_on_two_devices_are_named(made: Any) -> None:
@@ -283,7 +291,11 @@ def test_pairs_trained_on_two_devices_are_named(made: Any) -> None:
     first = "Pairs trained on two devices, which round differently: "
     assert [tables.build(name, runs).notes for name in names] == [
         [*noted["grid10"], f"{first}Focal γ 1.0 β 0.9999 on CIFAR-10 IF 100 (1 of 2 pairs)."],
-        [*noted["ablation"], f"{first}Focal γ 1.0 on CIFAR-10 IF 100 with recipe.drop=0.1 (1 of 2 pairs)."],
+        [
+            *noted["ablation"],
+            f"{first}Focal γ 1.0 on CIFAR-10 IF 100 with recipe.drop=0.1 (1 of 2 pairs); Focal γ 1.0 β 0.9999 on "
+            "CIFAR-10 IF 100 against β 0 (1 of 2 pairs).",
+        ],
     ]
     runs["device"] = "another"
     assert {name: tables.build(name, runs).notes for name in names} == noted
@@ -292,8 +304,9 @@ def test_pairs_trained_on_two_devices_are_named(made: Any) -> None:
 def test_every_planned_run_of_the_ablation_on_digits_has_its_cell(made: Any) -> None:
     planned = reproduce_table.plan("ablation_digits", [0, 1])
     table = tables.build("ablation_digits", made(*((run, 10.0 + number) for number, run in enumerate(planned))))
-    panel, fewest = table.panels
+    panel, fewest, gains = table.panels
     assert [len(cell.values) for cell in panel.cells()] == [len(cell.values) for cell in fewest.cells()] == [2] * 46
+    assert [len(cell.values) for cell in gains.cells()] == [2] * 24  # every weighted run against one without weights
     assert {name for cell in panel.cells() for name in cell.run_ids} == {config.run_id(run) for run in planned}
     official = at(panel, "Default configuration (%)", "Focal γ 1.0 β 0.9999")
     assert official.seeds == ("0", "1.1")  # each on a subset of its own
@@ -336,6 +349,30 @@ def test_every_planned_run_of_a_division_has_its_cell(name: str, made: Any) -> N
     assert tables.build(name, pd.concat([runs, made(*more)])).panels[0] == panel
     # that learning rate is no further detail of the ablation
     assert len(tables.build("ablation_digits", runs).panels[0].rows) == len(tables.DETAILS) + 1
+
+
+def test_what_balancing_gains_with_the_details_of_most_ports(made: Any) -> None:
+    planned = reproduce_table.plan("ports", [0, 1])
+    assert len(planned) == 8
+    for run_ in planned:
+        assert run_.dataset.name == "cifar10_lt" and run_.loss.kind == "softmax"
+    ends = {(0.0, False): 35.0, (0.9999, False): 32.0, (0.0, True): 34.0, (0.9999, True): 33.5}
+    runs = made(
+        *((r, ends[r.loss.beta, r.model.init == "kaiming"] + r.seed) for r in planned),
+        *((run("cifar10_lt", 200, "softmax", beta, 2), 90.0) for beta in (0.0, 0.9999)),
+    )  # the default has more seeds
+    panel, fewest, gains = tables.build("ports", runs).panels
+    assert [cell.values for cell in panel.cells()] == [(35.0, 36.0), (32.0, 33.0), (-1.0, -1.0), (1.5, 1.5)]
+    assert fewest.apart and not gains.apart
+    assert [cell.values for cell in gains.cells()] == [(3.0, 3.0), (0.5, 0.5)]
+    assert {name for cell in gains.cells() for name in cell.run_ids} == {config.run_id(r) for r in planned}
+    [said] = readme._gains(tables.build("ports", runs))
+    assert said.endswith("in 2 of 2 settings; the range of the 2 pairs is above zero in 2 and below zero in 0.")
+    ablated = tables.build(
+        "ablation", made(*((run("cifar10_lt", 100, "softmax", beta), 30.0) for beta in (0.0, 0.9999)))
+    )
+    assert at(ablated.panels[4], "Default configuration", "Softmax β 0.9999").values == (0.0,)
+    assert readme._gains(ablated) == []  # Table 2 says it
 
 
 def test_what_the_conditions_change_is_a_detail_of_cifar_as_any_other(made: Any) -> None:

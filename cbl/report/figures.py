@@ -31,8 +31,8 @@ from PIL import Image
 from cbl import class_counts, disk, effective_number, store
 from cbl.config import Dataset, Recipe
 from cbl.report import formats, tables
-from cbl.report.tables import FACTORS, SIZES, TITLES, Done, Setting, done_runs, one_dtype, plain
-from cbl.report.verdict import PAPER_SD, Row, interval_name, pairs
+from cbl.report.tables import FACTORS, SIZES, TITLES, Cell, Done, Setting, done_runs, one_dtype, plain
+from cbl.report.verdict import PAPER_SD, Row, bootstrap, interval_name, pairs
 
 Series = dict[float, list[Row]]  # runs that differ in β and seeds alone: rows of runs.csv by β
 OFFICIAL = Setting("", None, "", None, 0.0)[5:]  # overrides, network and epochs of the paper's CIFAR runs
@@ -405,17 +405,16 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure | None:
 
 @styled
 def ablation(runs: pd.DataFrame) -> Figure | None:
-    """What each changed detail does to the error, `TABLE=ablation` and `TABLE=ablation_digits`.
+    """What each changed detail does to the error, `TABLE=ablation`, `TABLE=ports` and `TABLE=ablation_digits`.
 
     A row of panels for each data set, a panel for each loss and β: the mean change over pairs of runs of the same seed
     and subset, with its 95 % bootstrap interval; in colour where that leaves out zero.
     """
-    built = [tables.build(name, runs) for name in ("ablation", "ablation_digits")]
     found = []
-    for table in built:
-        for panel in table.panels:
+    for name in ("ablation", "ports", "ablation_digits"):
+        for panel in tables.build(name, runs).panels:
             rows = [(label, cells) for label, cells in panel.rows[1:] if any(cell and cell.values for cell in cells)]
-            if rows and not panel.apart:
+            if rows and not panel.apart and "difference" in tables.kinds(panel.cells()):
                 found.append((panel, rows))
     if not found:
         return None
@@ -458,6 +457,64 @@ def ablation(runs: pd.DataFrame) -> Figure | None:
         handles.append(Line2D([], [], color="#777777", marker="o", markerfacecolor="none", linestyle="", label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+@styled
+def gain_by_detail(runs: pd.DataFrame) -> Figure | None:
+    """What balancing gains with each changed detail, `TABLE=ablation_digits` and `TABLE=ports`.
+
+    A row of panels for each data set, a panel for each loss and β: the mean gain over pairs of runs of the same seed
+    and subset, with its interval, and a line at that of the default configuration; in colour where the interval of the
+    change between the two leaves out zero.
+    """
+    found = []
+    for name in ("ablation_digits", "ports"):
+        panel = tables.build(name, runs).panels[-1]
+        rows = [(label, cells) for label, cells in panel.rows if any(cell and cell.values for cell in cells)]
+        if len(rows) > 1:
+            found.append((panel, rows))
+    if not found:
+        return None
+    heights = [0.17 * len(rows) + 0.8 for _, rows in found]
+    figure = Figure((PAGE, sum(heights) + 0.3))
+    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (panel, rows) in zip(parts, found, strict=True):
+        setting = panel.cells()[0].setting
+        part.suptitle(f"{_title(setting.dataset)}, {_at_factor(setting.imbalance_factor)}", fontsize=8)
+        axes = part.subplots(1, len(panel.columns), squeeze=False, sharex=True, sharey=True)[0]
+        for ax, column, place in zip(axes, panel.columns, range(len(axes)), strict=True):
+            default = rows[0][1][place]
+            for y, (_, cells) in enumerate(rows):
+                cell = cells[place]
+                if cell is None or cell.mean is None:
+                    continue
+                change = _change_of_gain(default, cell) if default else None
+                clear = change is not None and (change[0] > 0 or change[1] < 0)
+                colour = BLACK if y == 0 else BLUE if clear else "#777777"
+                ax.plot(cell.interval or (cell.mean, cell.mean), [y, y], color=colour)
+                ax.plot(cell.mean, y, "o", color=colour, markerfacecolor=colour if cell.interval else "none")
+            if default and default.mean is not None:
+                ax.axvline(default.mean, color=BLACK, linewidth=0.8, linestyle=":")
+            ax.axvline(0, color="#777777", linewidth=0.8)
+            ax.set_title(column, fontsize=7)
+            ax.set_xlabel("gain of balancing, points")
+            ax.set_yticks(range(len(rows)), [label for label, _ in rows])
+            ax.set_ylim(len(rows) - 0.5, -0.5)
+    handles = [
+        Line2D([], [], color=BLACK, marker="o", label="default"),
+        Line2D([], [], color=BLUE, marker="o", label="another gain than the default's"),
+        Line2D([], [], color="#777777", marker="o", label="not told from the default's"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _change_of_gain(default: Cell, cell: Cell) -> tuple[float, float] | None:
+    """The interval of what a gain is more than the default's, over common seeds; None for a single pair of gains."""
+    before = dict(zip(default.seeds, default.values, strict=True))
+    changes = [value - before[seed] for seed, value in zip(cell.seeds, cell.values, strict=True) if seed in before]
+    mean = bootstrap(changes)
+    return mean.interval if mean else None
 
 
 @styled

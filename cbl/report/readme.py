@@ -130,7 +130,8 @@ def _agreement(table: Table) -> list[str]:
 
 
 def _gains(table: Table) -> list[str]:
-    gains = [cell for panel in table.panels for cell in panel.cells() if cell.kind == "gain" and cell.values]
+    headline = [cell for panel in table.panels if not panel.apart for cell in panel.cells()]
+    gains = [cell for cell in headline if cell.kind == "gain" and cell.values]
     if not gains:
         return []
     paired = [cell for cell in gains if cell.interval]

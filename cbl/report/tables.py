@@ -24,7 +24,7 @@ from cbl.report.verdict import Row, Verdict, bootstrap, difference, pairs, verdi
 GRIDS = {"grid10": ("cifar10_lt", 8), "grid20": ("cifar20_lt", 9), "grid100": ("cifar100_lt", 10)}  # the paper's figure
 FACTORS = [float(factor) for factor in printed.IMBALANCE_FACTORS if factor > 1]  # of the grids
 NAMES = ["digits", "1", "2", *GRIDS, "ablation", "ablation_digits", "conditions", "division", "division_cifar"]
-NAMES += ["drop", "3"]
+NAMES += ["ports", "drop", "3"]
 SUBSET_BY_SEED = ("ablation_digits", "conditions", "division")  # in their configs/table/*.yaml
 TITLES = {
     "digits_lt": "digits",
@@ -47,6 +47,7 @@ SIZES = {"cifar10_lt": (10, 5000), "cifar20_lt": (20, 2500), "cifar100_lt": (100
 NO_PRIOR, AUTHORS_ORDER = "model.prior_bias=false", 'recipe.image_order="official_stream"'
 WEIGHT_SUM = 'loss.reduction="weight_sum"'
 # What most ports to PyTorch have in place of the authors' network and input.
+TOGETHER = "Slice, Kaiming, mean and sd together"
 AS_MOST_PORTS = 'model.init="kaiming" model.shortcut="strided" recipe.input_scaling="mean_std"'
 # What the ablations change, a detail at a time or three: a row's label, and the departure from the defaults.
 DETAILS = [
@@ -56,7 +57,7 @@ DETAILS = [
     ("Shortcut: projection", 'model.shortcut="projection"'),
     ("Initial weights: Kaiming", 'model.init="kaiming"'),
     ("Input: per-channel mean and sd", 'recipe.input_scaling="mean_std"'),
-    ("Slice, Kaiming, mean and sd together", AS_MOST_PORTS),
+    (TOGETHER, AS_MOST_PORTS),
     ("Learning rate drops: ×0.1", "recipe.drop=0.1"),
     ("Weight decay: everything", 'recipe.decay_scope="everything"'),
     ("Weight decay: everything but BN", 'recipe.decay_scope="not_bn"'),
@@ -94,6 +95,8 @@ ABLATED = (
     f"has no effect on this loss. –: not run. {FEWEST.capitalize()}: of up to ten classes the third with the fewest, "
     "of more classes those with fewer than 20 images; the error is the mean over these classes."
 )
+
+BALANCED = "What balancing gains is the error without weights minus that with them, paired in the same way."
 
 Kind = Literal["error", "best", "gain", "difference", "count"]
 
@@ -298,7 +301,7 @@ def _build(name: str, done: Done, counts: Mapping[str, Sequence[int]]) -> Table:
     if name in DIVISIONS:
         return division(name, done)
     makers = {"digits": digits, "2": table2, "3": table3, "ablation": ablation, "ablation_digits": ablation_digits}
-    return (makers | {"conditions": conditions, "drop": drop})[name](done)
+    return (makers | {"conditions": conditions, "ports": ports, "drop": drop})[name](done)
 
 
 # -- from runs to cells ------------------------------------------------------------------------------------------------
@@ -425,12 +428,14 @@ def seed_words(seeds: Sequence[int]) -> str:
 def _two_devices(table: Table, device: Mapping[str, str | None]) -> list[str]:
     """A note of the pairs whose two runs were trained on different devices; `device` by run id."""
     named = []
-    for cell in [cell for panel in table.panels if not panel.apart for cell in panel.cells()]:
-        if cell.kind in ("gain", "difference"):
-            both = list(zip(cell.run_ids[::2], cell.run_ids[1::2], strict=True))
-            apart = sum(device[run] != device[other] for run, other in both)
-            if apart:
-                named.append(f"{full_label(cell.setting)} ({apart} of {plural(len(both), 'pair')})")
+    for panel in table.panels:
+        against = " against β 0" if panel.apart else ""  # the same setting has its change in a headline panel
+        for cell in panel.cells():
+            if cell.kind == "gain" or (cell.kind == "difference" and not panel.apart):  # apart they are the same runs
+                both = list(zip(cell.run_ids[::2], cell.run_ids[1::2], strict=True))
+                apart = sum(device[run] != device[other] for run, other in both)
+                if apart:
+                    named.append(f"{full_label(cell.setting)}{against} ({apart} of {plural(len(both), 'pair')})")
     return [f"Pairs trained on two devices, which round differently: {'; '.join(named)}."] if named else []
 
 
@@ -610,7 +615,7 @@ def ablation(done: Done) -> Table:
         "ablation",
         "Ablation: details changed one at a time, and three together, imbalance factor 100",
         f"{caption} First row: test error (%); others: its change in points, positive is worse.",
-        ABLATED,
+        f"{ABLATED} {BALANCED}",
         panels,
         notes,
     )
@@ -625,7 +630,7 @@ def ablation_digits(done: Done) -> Table:
         f"{_recipe(DIGITS)}, as in the embedded table; every seed draws a subset of its own. {caption} First row: test "
         "error (%); others: its change in points, positive is worse. The images are small and few, and the network "
         "is small: what matters here need not matter on CIFAR.",
-        f"{ABLATED} By chance one in seventeen such intervals of forty pairs leaves out zero.",
+        f"{ABLATED} {BALANCED} By chance one in seventeen such intervals of forty pairs leaves out zero.",
         panels,
         notes,
     )
@@ -670,7 +675,21 @@ def _ablated(done: Done, official: Mapping[str, Setting]) -> tuple[list[Panel], 
         return Panel(title, [loss_label(*setting[2:5]) for setting in row], rows, apart=few)
 
     panels = [panel(name, "error_last") for name in columns] + [panel(name, "error_few") for name in columns]
+    for name, row in columns.items():
+        rows = {label: [changed(s, word) if _applies(word, s) else None for s in row] for label, word in details}
+        panels.append(_balanced(TITLES[name], runs, row, rows))
     return panels, caption, notes
+
+
+def _balanced(heading: str, runs: Done, row: Sequence[Setting], rows: Mapping[str, Sequence[Setting | None]]) -> Panel:
+    """What balancing gains in the default `row`, and in those of `rows`, where None is a change without effect."""
+    weighted = [place for place, setting in enumerate(row) if setting.beta]
+    lines: list[tuple[str, list[Cell | None]]] = []
+    for label, settings in {"Default configuration": row, **rows}.items():
+        asked = [settings[place] for place in weighted]
+        lines.append((label, [setting and paired_cell("gain", runs, setting, plain(setting)) for setting in asked]))
+    columns = [loss_label(*row[place][2:5]) for place in weighted]
+    return Panel(f"{heading}, what balancing gains (points)", columns, lines, apart=True)
 
 
 def condition(words: str, epochs: int) -> Setting:
@@ -733,14 +752,53 @@ def division(name: str, done: Done) -> Table:
     tried = DIVISIONS[name]
     row = [tried.setting._replace(loss=loss, gamma=gamma) for loss, gamma in tried.losses]
     rows = {label: [functools.reduce(changed, words, setting) for setting in row] for label, words in tried.rows()}
+    panels, caption, notes = _on_the_same_seeds(done, row, rows)
+    data = TITLES[tried.setting.dataset]
+    recipe = f"{_recipe(DIGITS)}; every seed draws a subset of its own. " if name in SUBSET_BY_SEED else ""
+    return Table(
+        name,
+        f"Division by the drawn weights on {data}: what undoes it",
+        f"{recipe}{caption} A drawn image has weight {tried.weight} on average, so dividing by the sum of the "
+        f"weights multiplies the gradient by {tried.times}; for SGD, a loss k times as large amounts to k times the "
+        "learning rate and a k-th of the weight decay. Unless the row says otherwise, the learning rate is 0.1 and the "
+        "weight decay 0.0002.",
+        ABLATED,
+        panels,
+        notes,
+    )
+
+
+def ports(done: Done) -> Table:
+    """What balancing gains with network and input of most ports to PyTorch, where the default has several seeds."""
+    row = [Setting("cifar10_lt", 200.0, "softmax", None, beta) for beta in (0.0, ABLATION_BETAS["cifar10_lt"])]
+    rows = {TOGETHER: [changed(setting, AS_MOST_PORTS) for setting in row]}
+    panels, caption, notes = _on_the_same_seeds(done, row, rows)
+    return Table(
+        "ports",
+        "Network and input of most ports to PyTorch: what balancing gains with them, CIFAR-10 IF 200",
+        f"{caption} The three: the shortcut takes every other pixel, the weights are Kaiming's, the input is scaled by "
+        "the mean and deviation of each channel.",
+        f"{ABLATED} {BALANCED}",
+        panels,
+        notes,
+    )
+
+
+def _on_the_same_seeds(
+    done: Done, row: Sequence[Setting], rows: Mapping[str, Sequence[Setting]]
+) -> tuple[list[Panel], str, list[str]]:
+    """Panels of the default `row` and what each of `rows` changes there; which dtype, in a sentence; and notes.
+
+    The rows are compared with one another, so all are of the same seeds: the default has been run with more. Where a
+    loss stands in `row` without weights too, a last panel has what balancing gains.
+    """
     wanted = [*row, *(setting for settings in rows.values() for setting in settings)]
     runs, caption, notes = one_dtype(done, wanted)
-    # The rows are compared with one another, so all are of the same seeds: the default has been run with more.
     seeds = [set(map(seed_label, runs[setting])) for setting in wanted if runs.get(setting)]
     common = set.intersection(*seeds) if seeds else set()
     runs = {setting: [run for run in runs.get(setting, []) if seed_label(run) in common] for setting in wanted}
-    data = TITLES[tried.setting.dataset]
-    heading = f"{data[0].upper()}{data[1:]}, {factor_label(tried.setting.imbalance_factor)}"
+    data = TITLES[row[0].dataset]
+    heading = f"{data[0].upper()}{data[1:]}, {factor_label(row[0].imbalance_factor)}"
 
     def panel(column: Literal["error_last", "error_few"]) -> Panel:
         few = column == "error_few"
@@ -751,19 +809,13 @@ def division(name: str, done: Done) -> Table:
         title = f"{heading}, {FEWEST}" if few else heading
         return Panel(title, [loss_label(*setting[2:5]) for setting in row], lines, apart=few)
 
-    recipe = f"{_recipe(DIGITS)}; every seed draws a subset of its own. " if name in SUBSET_BY_SEED else ""
-    return Table(
-        name,
-        f"Division by the drawn weights on {data}: what undoes it",
-        f"{recipe}{caption} All rows are of the same seeds. First row: test error (%); others: its change in points, "
-        f"positive is worse. A drawn image has weight {tried.weight} on average, so dividing by the sum of the "
-        f"weights multiplies the gradient by {tried.times}; for SGD, a loss k times as large amounts to k times the "
-        "learning rate and a k-th of the weight decay. Unless the row says otherwise, the learning rate is 0.1 and the "
-        "weight decay 0.0002.",
-        ABLATED,
-        [panel("error_last"), panel("error_few")],
-        notes,
+    panels = [panel("error_last"), panel("error_few")]
+    if any(plain(setting) in row for setting in row if setting.beta):
+        panels.append(replace(_balanced(heading, runs, row, rows), apart=False))
+    caption += (
+        " All rows are of the same seeds. First row: test error (%); others: its change in points, positive is worse."
     )
+    return panels, caption, notes
 
 
 def drop(done: Done) -> Table:
