@@ -204,7 +204,11 @@ class Sound:
     def __init__(self, given: argparse.Namespace, first: dict[Entry, Tile], in_time: Callable[[], None]) -> None:
         self.given, self.in_time = given, in_time
         _take(first)
-        self.expected = {dtype: found for dtype in APART if (found := self._gradients(dtype)) is not None}
+        self.expected: dict[str, list[torch.Tensor]] = {}
+        for dtype in APART:
+            in_time()
+            if (found := self._gradients(dtype)) is not None:
+                self.expected[dtype] = found
 
     def __call__(self, tiles: dict[Entry, Tile]) -> bool:
         _take(tiles)
@@ -218,8 +222,13 @@ class Sound:
                     return False
         return True
 
+    @staticmethod
+    def of(given: argparse.Namespace, dtype: str) -> argparse.Namespace:
+        """What is run for the gradients of one dtype."""
+        return argparse.Namespace(**vars(given) | {"depth": 8, "dtype": dtype})
+
     def _gradients(self, dtype: str) -> list[torch.Tensor] | None:
-        given = argparse.Namespace(**vars(self.given) | {"depth": 8, "dtype": dtype})
+        given = self.of(self.given, dtype)
         found: list[torch.Tensor] = []
         return found if _try(lambda: found.extend(_passes(given, 0)())) else None
 
@@ -253,9 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(config.Engine())
     if device.type != "cuda":
         raise UserError(f"Tiles are measured on a GPU, and torch {torch.__version__} uses {device} here.")
-    fused = kernels()
-    before = {(table, channels): tile for table in TABLES for channels, tile in getattr(fused, table).items()}
-    tiles = {entry: tile for entry, tile in before.items() if entry[1][0] != 1}  # measured on colour images
+    kernels()
 
     def in_time() -> None:
         if INTERRUPTED.is_set():
@@ -263,8 +270,38 @@ def main(arguments: list[str] | None = None) -> None:
         if time.monotonic() > ends:
             raise OutOfTime
 
-    stopwatch, sound = Stopwatch(given), Sound(given, tiles, in_time)
-    first = stopwatch(tiles)
+    signal.signal(signal.SIGTERM, interrupt)
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    pool = concurrent.futures.ProcessPoolExecutor(given.processes, spawn)  # one: a process takes seconds to start
+    try:
+        search(given, pool, in_time)
+    finally:
+        pool.shutdown(cancel_futures=True)  # interrupted, it waits for those under way alone
+
+
+def search(given: argparse.Namespace, pool: concurrent.futures.Executor, in_time: Callable[[], None]) -> None:
+    """Prints the fastest tiles that are found until `in_time` raises; `pool` compiles."""
+    from cbl.engine import fused
+
+    before = {(table, channels): tile for table in TABLES for channels, tile in getattr(fused, table).items()}
+    tiles = {entry: tile for entry, tile in before.items() if entry[1][0] != 1}  # measured on colour images
+
+    def compiled(work: list[tuple[argparse.Namespace, dict[Entry, Tile]]]) -> None:
+        try:
+            _progress(pool.map(_compile, work), len(work), in_time)
+        except BrokenProcessPool:
+            print("a process that compiled has died: what it left is compiled as it is measured", flush=True)
+
+    def ready(tried: dict[Entry, list[Tile]]) -> None:
+        compiled([(given, tiles | {entry: tile}) for entry, candidates in tried.items() for tile in candidates])
+
+    try:
+        compiled([(given, tiles), *((Sound.of(given, dtype), tiles) for dtype in APART)])
+        stopwatch, sound = Stopwatch(given), Sound(given, tiles, in_time)
+        in_time()
+        first = stopwatch(tiles)
+    except OutOfTime:
+        raise UserError(f"--budget is {given.budget:g}: the tiles as they are took longer; give more.") from None
     if first is None:
         raise UserError("The tiles of cbl/engine/fused.py do not fit this GPU: lower their rounds or pixels there.")
     print(f"{torch.cuda.get_device_name()}: {first:.3f} ms with the tiles as they are", flush=True)
@@ -279,18 +316,6 @@ def main(arguments: list[str] | None = None) -> None:
         in_time()
         return stopwatch(tiles)
 
-    def ready(tried: dict[Entry, list[Tile]]) -> None:
-        work = [(given, tiles | {entry: tile}) for entry, candidates in tried.items() for tile in candidates]
-        spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        pool = concurrent.futures.ProcessPoolExecutor(given.processes, spawn)
-        try:
-            _progress(pool.map(_compile, work), len(work), in_time)
-        except BrokenProcessPool:
-            print("a process that compiled has died: what it left is compiled as it is measured", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)  # interrupted, it waits for those under way alone
-
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         descend(tiles, first, measure, sound, ready, report)
     except OutOfTime:

@@ -380,15 +380,30 @@ def test_hours_are_estimated(tmp_path: Path) -> None:
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
-def captured_and_eager(**changes: Any) -> tuple[Job, Job, config.Run]:
-    """The same run twice; deterministic, so that what differs is the capture."""
-    both = [
-        cifar_run(engine__device="cuda", engine__deterministic=True, engine__capture=c, **changes)
+KINDS = [("softmax", False), ("focal", False), ("focal", True)]  # fused or not
+TOLERANCES = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 1e-2}
+
+
+def twice(**changes: Any) -> list[config.Run]:
+    """A run captured and not; deterministic, so that what differs is the capture, but the fused kernels are not."""
+    deterministic = not changes.get("engine__fused", False)
+    return [
+        cifar_run(engine__device="cuda", engine__deterministic=deterministic, engine__capture=c, **changes)
         for c in (True, False)
     ]
+
+
+def captured_and_eager(**changes: Any) -> tuple[Job, Job, config.Run]:
+    both = twice(**changes)
     for run in both:
         choose_device(run.engine)
     return made_up_job(both[0], CUDA), made_up_job(both[1], CUDA), both[0]
+
+
+def test_what_is_compared_on_a_gpu_is_allowed() -> None:
+    """Where there is none nothing else would notice: a setting may come to be refused."""
+    for (kind, fused), dtype in itertools.product(KINDS, TOLERANCES):
+        assert len(twice(engine__dtype=dtype, engine__fused=fused, loss__kind=kind)) == 2
 
 
 @pytest.fixture
@@ -399,10 +414,14 @@ def not_deterministic() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("not_deterministic")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("tf32", 1e-3), ("bf16", 1e-2)])
-@pytest.mark.parametrize(("kind", "fused"), [("softmax", False), ("focal", False), ("focal", True)])
-def test_captured_step_equals_eager_step(dtype: str, tolerance: float, kind: str, fused: bool) -> None:
-    """50 steps of ResNet-32: losses within `tolerance` of themselves, weights within it of their largest."""
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("kind", "fused"), KINDS)
+def test_captured_step_equals_eager_step(dtype: str, kind: str, fused: bool) -> None:
+    """50 steps of ResNet-32: losses within a tolerance of themselves, weights within it of their largest.
+
+    The fused kernels add in any order, which ReLU can amplify: at least 1e-3 for them.
+    """
+    tolerance = max(TOLERANCES[dtype], 1e-3 if fused else 0)
     captured, eager, run = captured_and_eager(engine__dtype=dtype, engine__fused=fused, loss__kind=kind)
     _, plan = next(captured.stream.epochs(run.recipe))
     for job in (captured, eager):

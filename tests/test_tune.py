@@ -158,7 +158,7 @@ def test_what_wins_starts_in_every_dtype() -> None:
         patch.setattr(tune, "_take", lambda tiles: None)
         sound = tune.Sound(tune.parse(["--depth", "20"]), {}, lambda: looks.append(len(tried)))
         assert sound({}) and sorted(tried) == sorted(2 * ["bf16", "tf32", "fp32"])
-        assert looks == [3, 4, 5]  # at the clock, before each dtype is compiled
+        assert looks == [0, 1, 2, 3, 4, 5]  # at the clock, before each dtype is compiled
         apart[0] = 0.5
         assert not sound({})
         apart[0], fails[0] = float("nan"), ""
@@ -243,11 +243,29 @@ def search_without_a_gpu(end: str) -> None:
 
     tune.choose_device = lambda engine: torch.device("cuda")
     tune.torch.cuda.get_device_name = lambda: "made up"
+
+    class Sound(tune.Sound):
+        def __init__(self, *_: Any) -> None: ...
+
+        def __call__(self, tiles: Any) -> bool:
+            return True
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        """One for all phases: on a GPU its processes take many seconds to start."""
+
+        def __init__(self, *of: Any) -> None:
+            super().__init__(1)
+            pools.append(self)
+
+    pools: list[Pool] = []
     tune.Stopwatch = lambda given: stopwatch
-    tune.Sound = lambda *_: lambda tiles: True
-    tune.concurrent.futures.ProcessPoolExecutor = concurrent.futures.ThreadPoolExecutor
-    tune._compile = lambda work: None
-    tune.main(["--budget", "2"] if end == "budget" else [])
+    tune.Sound = Sound
+    tune.concurrent.futures.ProcessPoolExecutor = Pool
+    tune._compile = lambda work: time.sleep(2) if end == "at once" else None
+    try:
+        tune.main(["--budget", "1" if end == "at once" else "2"] if end in ("budget", "at once") else [])
+    finally:
+        assert len(pools) == 1 and pools[0]._shutdown
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "lost", "budget"])  # lost: the signal's exception, in a library's callback
@@ -263,6 +281,14 @@ def test_ended_early_it_prints_the_best_so_far(end: str) -> None:
     found: dict[str, Any] = {}
     exec(done.stdout[done.stdout.index("FORWARD = {") :], found)
     assert found["FORWARD"] != fused.FORWARD and found["BACKWARD_WEIGHT"] == fused.BACKWARD_WEIGHT
+
+
+def test_a_budget_too_short_for_the_first_tiles_is_a_sentence() -> None:
+    code = "import test_tune; test_tune.search_without_a_gpu('at once')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert said.endswith("UserError: --budget is 1: the tiles as they are took longer; give more.")
+    assert "ms" not in done.stdout
 
 
 @pytest.mark.gpu
