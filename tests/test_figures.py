@@ -719,6 +719,7 @@ def test_miniature_draws_all_that_it_has_runs_for(miniature):
     assert [name for name, figure in drawn(miniature).items() if not figure] == [
         "fig7",
         "fig9",
+        "gain_by_detail",
         "detail_curves",
         "moved_drop",
     ]

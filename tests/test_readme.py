@@ -247,12 +247,15 @@ def test_its_table_of_details_is_what_was_measured() -> None:
             *of(ten, order, 0), *of(hundred, order, 0, 3)
         ),
     ]
-    together = next(label for label in digits if "together" in label)
+    together = tables.TOGETHER
+    at_200 = dict(tables.build("ports", runs).panels[0].rows)[together]
+    assert {len(cell.values) for cell in at_200} == {2}
     chance = "no more than chance may give"
     assert table["`model.shortcut=strided model.init=kaiming recipe.input_scaling=mean_std`"] == [
         "together: softmax {}, focal {}; β 0.9999: {}, {}; each alone: ".format(*of(digits, together, 0, 2, 1, 3))
         + chance,
-        "CIFAR-10, together: focal with β 0.9999 {}".format(*of(ten, together, 3)),
+        "CIFAR-10, together: softmax at IF 200 {}, with β 0.9999 {} (two pairs each); ".format(*map(points, at_200))
+        + "focal with β 0.9999 {}".format(*of(ten, together, 3)),
     ]
     assert table["`recipe.decay_scope`"] == [chance, "not run"]
     for label, _ in tables.DETAILS:
@@ -354,6 +357,32 @@ def test_on_the_digits_the_division_is_undone_as_it_says() -> None:
     drawn = (counts * class_balanced_weights(counts, 0.9999).numpy()).sum() / counts.sum()
     assert round(1 / drawn, 1) == 4.6 and round(drawn, 2) == 0.22  # as the table's caption says too
     assert "where k is 4.6" in said
+
+
+def test_what_the_three_details_do_on_cifar_10_is_as_it_says() -> None:
+    errors, few, gains = tables.build("ports", store.load(ROOT / "results").runs).panels
+    plain, weighted = dict(errors.rows)[tables.TOGETHER]
+    words = " ".join(DETAILS.split()).replace("−", "-")
+    assert plain.seeds == weighted.seeds == ("0", "1")
+    assert "a point worse ({:+.2f}, {:+.2f}), with".format(*plain.values) in words and clear(plain)
+    assert "one worse ({:+.2f}, {:+.2f}). So".format(*weighted.values) in words and not clear(weighted)
+    [[default], [ports]] = [cells for _, cells in gains.rows]
+    assert f"balancing gains {ports.mean:+.2f} in place of {default.mean:+.2f}:" in words and ports.mean > default.mean
+    assert f"{ports.mean:.1f} points in place of {default.mean:.1f}, two pairs each." in " ".join(README.split())
+    rare = dict(few.rows)[tables.TOGETHER]
+    assert min(value for cell in rare for value in cell.values) > 0
+    assert "by {:+.2f} on average without weights and by {:+.2f} with them".format(*(c.mean for c in rare)) in words
+    ends = [np.add(usual.values, c.values) for usual, c in zip(errors.rows[0][1], (plain, weighted), strict=True)]
+    assert "The means of two, {:.2f} and {:.2f} %,".format(*map(np.mean, ends)) in words
+    compared = {cell.setting: cell for cell in tables.build("2", store.load(ROOT / "results").runs).cells()}
+    cells = [compared[cell.setting] for cell in errors.rows[0][1]]
+    assert "numbers ({:.2f} and {:.2f})".format(*(cell.paper for cell in cells)) in words
+    for cell, end in zip(cells, ends, strict=True):
+        assert verdict(cell.paper, end.tolist()) == "worse" and cell.verdict == "agrees"
+    usual = errors.rows[0][1][1]
+    assert (
+        f"the default's {usual.mean:.2f} % with weights" in words and verdict(cells[1].paper, usual.values) == "worse"
+    )
 
 
 def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() -> None:
