@@ -379,10 +379,15 @@ def test_what_the_three_details_do_on_cifar_10_is_as_it_says() -> None:
     assert "numbers ({:.2f} and {:.2f})".format(*(cell.paper for cell in cells)) in words
     for cell, end in zip(cells, ends, strict=True):
         assert verdict(cell.paper, end.tolist()) == "worse" and cell.verdict == "agrees"
-    usual = errors.rows[0][1][1]
-    assert (
-        f"the default's {usual.mean:.2f} % with weights" in words and verdict(cells[1].paper, usual.values) == "worse"
+    without, usual = errors.rows[0][1]
+    assert f"default's {without.mean:.2f} % without weights and with the same two seeds are not, its" in words
+    assert verdict(cells[0].paper, without.values) == "agrees"
+    assert f"its {usual.mean:.2f} % with weights are too" in words and verdict(cells[1].paper, usual.values) == "worse"
+    said = (
+        f"ends at {ends[0].mean():.1f} % without weights, a point worse in both pairs and just outside the band around "
+        f"the paper's {cells[0].paper:.2f}, in which the default lies ({without.mean:.1f} % with the same seeds)"
     )
+    assert said in " ".join(README.split())
 
 
 def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() -> None:
