@@ -418,9 +418,7 @@ def ablation(runs: pd.DataFrame) -> Figure | None:
                 found.append((panel, rows))
     if not found:
         return None
-    heights = [0.17 * len(rows) + 0.9 for _, rows in found]
-    figure = Figure((PAGE, sum(heights) + 0.3))
-    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    figure, parts = _row_by_row([0.17 * len(rows) + 0.9 for _, rows in found])
     for part, (panel, rows) in zip(parts, found, strict=True):
         official = [cell for cell in panel.rows[0][1] if cell is not None]
         factor = _at_factor(official[0].setting.imbalance_factor)
@@ -475,9 +473,7 @@ def gain_by_detail(runs: pd.DataFrame) -> Figure | None:
             found.append((panel, rows))
     if not found:
         return None
-    heights = [0.17 * len(rows) + 0.8 for _, rows in found]
-    figure = Figure((PAGE, sum(heights) + 0.3))
-    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    figure, parts = _row_by_row([0.17 * len(rows) + 0.8 for _, rows in found])
     for part, (panel, rows) in zip(parts, found, strict=True):
         setting = panel.cells()[0].setting
         part.suptitle(f"{_title(setting.dataset)}, {_at_factor(setting.imbalance_factor)}", fontsize=8)
@@ -507,6 +503,12 @@ def gain_by_detail(runs: pd.DataFrame) -> Figure | None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+def _row_by_row(heights: Sequence[float]) -> tuple[Figure, np.ndarray]:
+    """A page-wide figure of parts below one another, `heights` (n,) in inches, with room for a legend; the parts."""
+    figure = Figure((PAGE, sum(heights) + 0.3))
+    return figure, figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
 
 
 def _change_of_gain(default: Cell, cell: Cell) -> tuple[float, float] | None:
