@@ -253,17 +253,27 @@ def test_tables_of_the_block_have_all_their_columns(miniature: pd.DataFrame) -> 
 
 
 def test_another_dtype_is_held_against_fp32_on_pairs(miniature: pd.DataFrame) -> None:
-    done = miniature[(miniature["status"] == "done") & (miniature["dtype"] == "fp32")].reset_index(drop=True)
+    done = miniature[(miniature["status"] == "done") & (miniature["dtype"] == "fp32")]
+    done = done.sort_values("dataset", key=lambda names: -names.map(names.value_counts())).reset_index(drop=True)
     assert readme._dtypes(done) == []
     shift = pd.Series([0.5 if number % 2 else 1.5 for number in range(len(done))])
     other = done.assign(dtype="bf16", error_last=done["error_last"] + shift.astype("Float64"))
     stranger = other.assign(beta=0.5)  # no run in fp32 is like it
     (said,) = readme._dtypes(pd.concat([done, other, stranger], ignore_index=True))
-    mean = f"{shift.mean():+.2f}"
-    assert f"{len(done)} pairs of runs" in said and f"the error in bf16 minus that in fp32 is {mean} points [" in said
-    low, high = (float(value) for value in re.search(r"interval \+([\d.]+), \+([\d.]+)\]", said).groups())
-    assert 0.5 < low < shift.mean() < high < 1.5
+    assert said.startswith("Arithmetic: the error in bf16 minus that in fp32, in points, of runs that differ in dtype")
+    sets = done.groupby("dataset", sort=False).groups
+    assert len(sets) > 1
+    for name, places in sets.items():
+        found = shift[places]
+        (mean, interval, pairs) = re.search(
+            rf"{tables.TITLES[name]} ([+−][\d.]+)( \[[^]]*\])? \((\d+) pairs?\)", said
+        ).groups()
+        assert float(mean) == round(found.mean(), 2) and int(pairs) == len(found)
+        if len(found) > 3:
+            low, high = (float(value) for value in re.search(r"interval \+([\d.]+), \+([\d.]+)\]", interval).groups())
+            assert 0.5 <= low < found.mean() < high <= 1.5
+    first = tables.TITLES[done["dataset"][0]]
     (said,) = readme._dtypes(pd.concat([done, other.head(1)], ignore_index=True))
-    assert "1 pair of runs" in said and "interval" not in said
+    assert said.endswith(f"in dtype alone: {first} +1.50 (1 pair).")
     (said,) = readme._dtypes(pd.concat([done, other.head(3)], ignore_index=True))
-    assert said.endswith("minus that in fp32 is +1.17 points [range of the 3 pairs +0.50, +1.50].")
+    assert said.endswith(f"in dtype alone: {first} +1.17 [range of the 3 pairs +0.50, +1.50] (3 pairs).")

@@ -186,20 +186,22 @@ def _moved(table: Table) -> list[str]:
 
 
 def _dtypes(runs: pd.DataFrame) -> list[str]:
-    """Every dtype against fp32, on pairs of runs that are alike in all else, seeds included."""
+    """Every dtype against fp32, by data set, on pairs of runs that are alike in all else, seeds included."""
     done = runs[(runs["status"] == "done") & runs["error_last"].notna()]
     alike = [*store.SETTING, "seed", "subset_seed"]
     paired = done.merge(done[done["dtype"] == "fp32"], on=alike, suffixes=("", "_fp32"))
     said = []
-    for dtype, found in paired[paired["dtype"] != "fp32"].groupby("dtype"):
-        gain = bootstrap((found["error_last"] - found["error_last_fp32"]).astype("float").tolist())
-        interval = ""
-        if gain.interval:
-            interval = f" [{interval_name(gain.n)} {signed(gain.interval[0])}, {signed(gain.interval[1])}]"
-        sets = ", ".join(TITLES.get(name, name) for name in found["dataset"].unique())
+    for dtype, of_dtype in paired[paired["dtype"] != "fp32"].groupby("dtype"):
+        sets = []
+        for name, found in of_dtype.groupby("dataset", sort=False):
+            gain = bootstrap((found["error_last"] - found["error_last_fp32"]).astype("float").tolist())
+            interval = ""
+            if gain.interval:
+                interval = f" [{interval_name(gain.n)} {signed(gain.interval[0])}, {signed(gain.interval[1])}]"
+            sets.append(f"{TITLES.get(name, name)} {signed(gain.mean)}{interval} ({plural(gain.n, 'pair')})")
         said.append(
-            f"Arithmetic: {plural(gain.n, 'pair')} of runs ({sets}) differ in dtype alone; the error in {dtype} minus "
-            f"that in fp32 is {signed(gain.mean)} points{interval}."
+            f"Arithmetic: the error in {dtype} minus that in fp32, in points, of runs that differ in dtype alone: "
+            f"{', '.join(sets)}."
         )
     return said
 
