@@ -226,7 +226,9 @@ def test_final_weights_are_of_the_records_last_step_on_whatever_images(
     root = folders(tmp_path / "data", classes=2, train=20)
     run = settings(tmp_path, dataset={"name": "folder", "root": str(root), "image_size": 8, "imbalance_factor": None})
     folder = trained(run)
-    assert "\nclasses        kind 00, kind 01\nclass counts       20     20\n" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "\nimages resized to 8 x 8 (dataset.image_size)\nclasses        kind 00, kind 01\n" in told
+    assert "\nclass counts       20     20\n" in told
     first = as_json(folder)
     more = folders(tmp_path / "more", classes=2, train=60)  # which would make more steps
     again = as_json(folder, data_root=str(more))

@@ -65,6 +65,14 @@ def test_a_skewed_test_set_shows_the_mean_over_the_classes_too() -> None:
     assert sweep.lines(balanced) == said[:3]
 
 
+def test_of_own_images_it_says_that_the_test_set_chooses_between_several_beta() -> None:
+    own = {"dataset": {"name": "folder", "root": "images", "imbalance_factor": None}}
+    ended = [record(beta, 0, 20.0 - beta, **own) for beta in (0.0, 0.9, 0.99)]
+    assert "chance" not in " ".join(sweep.lines(ended[:2]))
+    assert "low by chance too" in sweep.lines(ended)[-1] and len(sweep.lines(ended)) == 5
+    assert len(sweep.lines([record(beta, 0, 20.0 - beta) for beta in (0.0, 0.9, 0.99)])) == 4
+
+
 @pytest.mark.parametrize("betas", [(), (0.0,), (0.9, 0.99)])
 def test_where_nothing_is_to_be_averaged_or_compared_nothing_is_said(betas: tuple[float, ...]) -> None:
     assert sweep.lines([record(beta, 0, 10.0) for beta in betas]) == []

@@ -235,6 +235,9 @@ def test_balanced_column_and_its_footnote(made: Any) -> None:
     assert at(footnote, "Sigmoid", "CIFAR-10").values == at(footnote, "Class-balanced", "CIFAR-10").values == (6.9,)
     assert at(footnote, "Softmax", "CIFAR-100").verdict == "agrees"
     assert len(table.cells()) == 72  # without the footnote
+    assert table.notes[-1].endswith("recipe.drop=0.01 seed=0,1,2")
+    in_bf16 = tables.build("2", made((run("cifar10_lt", 1, "sigmoid", engine={"dtype": "bf16"}), 6.3)))
+    assert in_bf16.notes[-1].endswith("recipe.drop=0.01 seed=0,1,2 engine.dtype=bf16")
 
 
 def test_ablation_pairs_each_change_with_the_official_run(miniature: pd.DataFrame, made: Any) -> None:

@@ -333,6 +333,8 @@ def _say_start(display: Display, run: config.Run, job: Job, state: dict[str, Any
 
     display.say(f"{config.run_id(run)} on {job.facts['device']}, {run.engine.dtype}")
     display.say(f"{len(counts)} classes, {job.facts['n_train']:,} training and {job.facts['n_test']:,} test images")
+    if run.dataset.name == "folder":
+        display.say(f"images resized to {run.dataset.image_size} x {run.dataset.image_size} (dataset.image_size)")
     if run.dataset.name == "folder" and len(counts) <= 20:
         display.say(f"classes        {', '.join(job.facts['class_names'])}")
     display.say(f"class counts   {listed(counts, 'd')}")
