@@ -92,7 +92,7 @@ def alone(folder: Path, setting: str = "output_dir") -> Iterator[bool]:
             if mine:
                 with writing(folder, remedy):
                     for half_written in folder.glob("*.tmp"):
-                        half_written.unlink()
+                        half_written.unlink(missing_ok=True)
             yield mine
     finally:
         _locks.discard(handle)

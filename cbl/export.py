@@ -153,7 +153,8 @@ def _statistics(run: config.Run, record: dict[str, Any], data_root: str | None) 
     if data_root is not None:  # nothing is to be downloaded to where somebody says that the data is
         dataset = dataclasses.replace(dataset, root=data_root, download=False)
     images = data.load(dataset)
-    if images.subset_hash != record["subset_hash"] or list(images.class_names) != record["class_names"]:
+    same = images.subset_hash == record["subset_hash"] and list(images.class_names) == record["class_names"]
+    if not same or images.content != record.get("content_hash", images.content):
         raise UserError(
             f"The images under {dataset.root} are not those that {record['run_id']} was trained on, whose mean and "
             "deviation belong to its weights: give them with --data."

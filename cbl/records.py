@@ -72,7 +72,11 @@ def folder_of(run: config.Run) -> Path:
 
 
 def is_done(folder: Path) -> bool:
-    return (folder / "done").exists()
+    """Raises `UserError` for a folder that may not be looked into."""
+    try:
+        return (folder / "done").exists()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): choose another output_dir.") from None
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Prepare a large set from its published archives: images (resized once, if asked for), labels and counts.
 
-    python scripts/prepare_data.py inaturalist2018 --root data --resize 320
+    python scripts/prepare_data.py inaturalist2018 --root data --resize 256
     python scripts/prepare_data.py inaturalist2018 --root data --download       # fetches 120 GB first
     python scripts/prepare_data.py imagenet --root data --archives downloads
 

@@ -268,6 +268,9 @@ def test_what_cannot_be_exported_is_one_sentence(
     other = shutil.copytree(tree, tmp_path / "other")
     (other / "train" / "c" / "5.png").unlink()
     refuses(own, r"The images under .*other are not those that folder-asis-.* was trained on", data_root=str(other))
+    again = shutil.copytree(tree, tmp_path / "again")  # as many images of the same names, with other pixels
+    Image.new("RGB", (9, 9)).save(again / "train" / "c" / "5.png")
+    refuses(own, r"The images under .*again are not those that folder-asis-.* was trained on", data_root=str(again))
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     with pytest.raises(UserError, match=r"file/out cannot be written to \(Not a directory\)"):
         export.write(done, tmp_path / "file" / "out")

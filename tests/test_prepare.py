@@ -839,6 +839,9 @@ def test_index_that_is_not_there_or_damaged_is_one_sentence(tmp_path):
     path.write_bytes(good[:-20])
     with pytest.raises(UserError, match=r"cannot be read .*prepare the set again"):
         index.read(tmp_path, "inaturalist2018", "train")
+    path.write_bytes(good[:14] + bytes(byte ^ 255 for byte in good[14:40]) + good[40:])  # which zlib refuses
+    with pytest.raises(UserError, match=r"cannot be read .*prepare the set again"):
+        index.read(tmp_path, "inaturalist2018", "train")
     path.write_bytes(gzip.compress(gzip.decompress(good).replace(b",0\n", b",1\n")))
     with pytest.raises(UserError, match="has changed since it was prepared"):
         index.read(tmp_path, "inaturalist2018", "train")

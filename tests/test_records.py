@@ -117,6 +117,9 @@ def test_folder_names_and_the_marker(tmp_path: Path) -> None:
     assert not records.is_done(folder)  # only the marker says so
     (folder / "done").touch()
     assert records.is_done(folder)
+    with pytest.raises(UserError, match=r"name too long.*: choose another output_dir\.") as caught:
+        records.is_done(tmp_path / ("n" * 300))
+    assert "\n" not in str(caught.value)
 
 
 def test_record_there_and_back(tmp_path: Path) -> None:

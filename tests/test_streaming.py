@@ -389,6 +389,20 @@ def test_tally_equals_the_measures_of_all_logits() -> None:
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_no_numbers_are_measured_by_nobody(value: float) -> None:
+    """A loss is taken before its update: what the last one spoils, no loss shows."""
+    logits, target = torch.zeros(6, 10), torch.arange(6)
+    logits[4, 3] = value
+    with pytest.raises(UserError, match=r"not finite: try a lower recipe\.learning_rate"):
+        evaluate.measure(logits, target, np.ones(10, dtype=int))
+    tally = Tally(10, torch.device("cpu"))
+    for part, wanted in zip(logits.split(2), target.split(2), strict=True):
+        tally.add(part, wanted)
+    with pytest.raises(UserError, match=r"not finite: try a lower recipe\.learning_rate"):
+        tally.measure(np.ones(10, dtype=int))
+
+
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +623,19 @@ def test_a_damaged_image_is_named_or_skipped(tmp_path: Path) -> None:
     record = streaming.train(settings(tmp_path, tmp_path / "runs", dataset__on_damaged="skip"))
     assert record["status"] == "done" and list(record["damaged"]) == ["val5.jpg"]
     assert record["n_test"] == N_VAL - 1 and 'dataset.on_damaged="skip"' in record["overrides"]
+
+
+def test_images_skipped_before_a_stop_are_in_the_record_of_the_end(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    path = tmp_path / "inaturalist2018/images/train0.jpg"
+    good = path.read_bytes()
+    path.write_bytes(b"not a JPEG")
+    run = settings(tmp_path, tmp_path / "runs", dataset__on_damaged="skip")
+    record = streaming.train(run, deadline=time.monotonic())
+    assert record["status"] == "running" and list(record["damaged"]) == ["train0.jpg"]
+    path.write_bytes(good)
+    record = streaming.train(run)
+    assert record["status"] == "done" and list(record["damaged"]) == ["train0.jpg"]
 
 
 def test_other_images_and_other_processes_are_refused(prepared: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def read(root: str | Path, dataset: str, split: str) -> Index:
         names = (folder / "class_names.txt").read_text(encoding="utf-8").split("\n")[:-1]
         found = _index(folder, split, _rows(text.decode()), names, text)
         damaged = found.hash != facts["hash"][split]
-    except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zlib.error, csv.Error) as error:
         raise UserError(
             f"The index {folder / f'{split}.csv.gz'} cannot be read ({error}): remove {folder / 'prepared.json'} and "
             "prepare the set again."

@@ -24,7 +24,7 @@ SIZES = {
 
 
 def made_up(classes: int, counts: np.ndarray, n_test: int, shape: tuple[int, int, int]) -> data.Data:
-    """Random images in the form of `data.load`; few distinct ones, but as many labels and indices as asked for."""
+    """Random images in the form of `data.load`, with labels by class."""
     n = int(counts.sum())
     return data.Data(
         train_images=torch.randint(256, (n, *shape), dtype=torch.uint8),

@@ -7,6 +7,7 @@ import torch
 
 from cbl import longtail
 from cbl.engine.step import Scaling, precision
+from cbl.errors import UserError
 
 BINS = 15  # of the confidence, for the calibration
 
@@ -60,12 +61,23 @@ def calibration(logits: torch.Tensor, target: torch.Tensor) -> dict[str, list[fl
     }
 
 
+def refuse_no_numbers(outputs: torch.Tensor) -> None:
+    """Raises `UserError`: a loss is taken before its update, so that the last update's divergence shows only here."""
+    if not outputs.isfinite().all():
+        raise UserError(
+            "The final network puts out numbers that are not finite: try a lower recipe.learning_rate, a longer "
+            "recipe.warmup_epochs or engine.dtype=fp32."
+        )
+
+
 def measure(logits: torch.Tensor, target: torch.Tensor, counts: np.ndarray) -> dict[str, Any]:
     """What a record says of the final network: error, per class and by groups of classes, calibration; all in percent.
 
-    A group's error is the mean over its classes; None for a group without classes.
+    A group's error is the mean over its classes; None for a group without classes. Raises `UserError` for logits that
+    are no numbers.
     """
     logits, target = logits.cpu(), target.cpu()  # weighted bincount is not deterministic on CUDA
+    refuse_no_numbers(logits)
     table = confusion(logits, target)
     total = table.sum(1)
     per_class = 100 * (total - table.diagonal()).double() / total  # (C,)

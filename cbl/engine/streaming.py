@@ -117,7 +117,7 @@ def journey(
     line = display.run(record["run_id"], job.last_step, run.recipe.batch_size, state["step"])
     held.callback(line.close)
     tally = fit(run, job, state, folder, line, tracker, deadline)
-    record |= {"steps": state["step"], "seconds": round(state["seconds"], 2), "damaged": job.damaged()}
+    record |= {"steps": state["step"], "seconds": round(state["seconds"], 2), "damaged": state.get("damaged", {})}
     record |= job.step.memory()
 
     # ---- record; the marker comes last
@@ -404,6 +404,7 @@ def fit(
                 tracker.log(row)
                 line.epoch(row)
             if last or late or due:
+                state["damaged"] = state.get("damaged", {}) | job.damaged()  # those before a resume too
                 job.step.statistics.settle()
                 if leads:
                     checkpoint.save(folder, job.model, job.optimizer, state)

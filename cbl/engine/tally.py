@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cbl import longtail
 from cbl.engine.distributed import World
-from cbl.engine.evaluate import BINS, bin_of
+from cbl.engine.evaluate import BINS, bin_of, refuse_no_numbers
 
 
 class Tally:
@@ -44,6 +44,7 @@ class Tally:
 
     def measure(self, counts: np.ndarray) -> dict[str, Any]:
         """As `evaluate.measure` of all logits, and the top-5 error. None for a class without validation images."""
+        refuse_no_numbers(self.confidence)  # as that of one image is in no bin, it makes all of them so
         total = int(self.images.sum())
         wrong = (100 * (self.images - self.top1).double() / self.images).cpu().numpy()  # (C,), NaN without images
         rule, groups = longtail.class_groups(counts)
