@@ -1,10 +1,12 @@
 """The README's example runs as it stands, and its commands name things that exist."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from scipy.stats import chi2, t
@@ -388,6 +390,32 @@ def test_what_the_three_details_do_on_cifar_10_is_as_it_says() -> None:
         f"the paper's {cells[0].paper:.2f}, in which the default lies ({without.mean:.1f} % with the same seeds)"
     )
     assert said in " ".join(README.split())
+
+
+def test_what_bf16_does_is_as_it_says() -> None:
+    """On CIFAR one run in fp32, beside runs in bf16 of the same setting."""
+    found = store.load(ROOT / "results")
+    runs = found.runs[found.runs.status == "done"]
+    words = " ".join(DETAILS.split()).replace("−", "-")
+    [run] = runs[(runs.dataset.str.startswith("cifar")) & (runs.dtype == "fp32")].to_dict("records")
+    others = runs[(runs[store.SETTING] == pd.Series(run)[store.SETTING]).all(axis=1) & (runs.dtype == "bf16")]
+    others = others.sort_values("seed")
+    assert run["dataset"] == "cifar100_lt" and run["seed"] == 0 and others.seed.tolist() == [0, 1, 2]
+    said = "{:.2f} % in fp32; in bf16 the same seed ended at {:.2f} %, seeds 1 and 2 at {:.2f} and {:.2f} %"
+    assert said.format(run["error_last"], *others.error_last) in words and run["error_last"] > others.error_last.max()
+    plain = runs[(runs.cell.str.startswith("cifar100_lt-if200-focal-g1-b0-")) & (runs.dtype == "bf16")].error_last
+    assert len(plain) == 3 and f"apart than that ({plain.min():.2f} to {plain.max():.2f} %)" in words
+    assert run["error_last"] - others.error_last.min() < plain.max() - plain.min()
+    assert f"one run, {run['error_last'] - others.error_last.iloc[0]:+.2f} points" in " ".join(README.split()).replace(
+        "−", "-"
+    )
+    names = [run["run_id"], *others.run_id]
+    curves = found.curves[found.curves.epoch.between(20, 160) & found.curves.run_id.isin(names)]
+    losses = curves.pivot(index="step", columns="run_id", values="train_loss")[names]
+    assert len(losses) > 30 and losses.notna().all(axis=None)
+    apart = [(losses[one] - losses[other]).abs().mean() for one, other in itertools.combinations(losses, 2)]
+    said = "from those in bf16 by {:.4f}, {:.4f} and {:.4f} on average, these from one another by {:.4f} to {:.4f}"
+    assert said.format(*apart[:3], min(apart[3:]), max(apart[3:])) in words
 
 
 def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() -> None:
