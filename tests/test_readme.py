@@ -257,7 +257,7 @@ def test_its_table_of_details_is_what_was_measured() -> None:
         "together: softmax {}, focal {}; β 0.9999: {}, {}; each alone: ".format(*of(digits, together, 0, 2, 1, 3))
         + chance,
         "CIFAR-10, together: softmax at IF 200 {}, with β 0.9999 {} (two pairs each); ".format(*map(points, at_200))
-        + "focal with β 0.9999 {}".format(*of(ten, together, 3)),
+        + "focal with β 0.9999 {} (through torch.compile)".format(*of(ten, together, 3)),
     ]
     assert table["`recipe.decay_scope`"] == [chance, "not run"]
     for label, _ in tables.DETAILS:
