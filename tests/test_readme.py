@@ -445,7 +445,7 @@ def test_of_what_twenty_seeds_say_of_the_digits_twenty_more_say_seven_again() ->
         assert before in DETAILS and f"now {now}" in DETAILS.replace("\n", " ")
     deciding = ("No prior", "Image order", "Learning rate drops", "Loss divided")
     others = [row for row in halves if not row[0].startswith(deciding) and "together" not in row[0]]
-    assert len(others) == 26 and sum(clear(row[4]) for row in others) == 3
+    assert len(others) == 26 and sum(clear(row[4]) for row in others) == 2
     assert not any(clear(row[2]) and clear(row[3]) for row in others if clear(row[4]))
     assert max(abs(row[4].mean) for row in others) < 1.2
     column = [row[4] for row in others if row[1] == 1]  # softmax with beta 0.9999

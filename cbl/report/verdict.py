@@ -64,7 +64,8 @@ def bootstrap(differences: Sequence[float]) -> Gain | None:
         return Gain(float(values[0]), None, 1)
     drawn = np.random.default_rng(0).integers(values.size, size=(RESAMPLES, values.size))
     means = values[drawn].mean(axis=1)  # (RESAMPLES,)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # rounded, or a mean of zero that floats make 1e-16 would leave out zero
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).round(9)
     return Gain(float(values.mean()), (float(low), float(high)), values.size)
 
 
