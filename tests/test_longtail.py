@@ -222,3 +222,7 @@ def test_counts_in_an_order_of_their_own_are_refused() -> None:
     with pytest.raises(ValueError, match=r"need not be in class order: \.sort_index\(\)\.to_numpy\(\) is\.$"):
         draw_subset(labels, labels.value_counts(), 0)
     assert draw_subset(labels, labels.value_counts().sort_index().to_numpy(), 0).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_from_eleven_classes_on_groups_go_by_shots() -> None:
+    assert [class_groups([1] * n)[0] for n in (10, 11, 20)] == ["terciles", "shots", "shots"]

@@ -10,6 +10,7 @@ from cbl import class_counts, data
 from cbl.config import Recipe
 from cbl.engine import recipe
 from cbl.engine.step import sgd
+from cbl.errors import UserError
 from cbl.longtail import class_groups
 from cbl.models import resnet_cifar
 
@@ -199,3 +200,19 @@ def test_official_stream_begins_each_two_epochs_without_the_classes_of_fewest_im
                 assert first == 0 and second > 1.1
             else:
                 assert 0.8 < first < 1 and 0.85 < second < 1.05
+
+
+def test_no_warm_up_begins_at_the_full_rate() -> None:
+    assert recipe.learning_rate(Recipe(drop=0.01, warmup_epochs=0), 12800, 0) == 0.1
+
+
+def test_a_divergence_is_named_by_its_step_of_the_whole_run() -> None:
+    with pytest.raises(UserError, match=r"became nan at step 102 \(learning rate 0\.3\)"):
+        recipe.refuse_divergence(np.array([1.0, 2.0, np.nan]), [0.1, 0.2, 0.3], 100)
+
+
+def test_first_images_of_the_official_stream_are_pinned() -> None:
+    """They must never change: published runs stand on them."""
+    block = recipe.Stream(12406, 128, 0, "official_stream", 4, True, np.arange(12406)).block(0)
+    assert block[:, :4].tolist() == [[2708, 4377, 4142, 5148], [2, 6, 2, 4], [3, 7, 8, 1], [1, 0, 1, 1]]
+    assert block[0, -4:].tolist() == [10197, 12038, 11022, 10247]
